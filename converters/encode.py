@@ -1,0 +1,68 @@
+"""One leaf of a decoder -> the tensors that a file holds for it."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from converters.names import LEAVES
+from converters.shards import TensorSpec
+from jgptq.config import group_rows
+from jgptq.errors import ConfigError
+from jgptq.notation import Array
+from jgptq.packed import PackedTensor, unpack
+from pallas_kernels.layout import pack_codes
+
+_INT32, _FLOAT16 = np.dtype(np.int32), np.dtype(np.float16)
+
+
+def float_specs(name: str, attribute: str, leaf: Array, dtype: np.dtype | None = None) -> list[TensorSpec]:
+    """The plan for a float leaf: Torch's layout, the leaf's own dtype unless another is given."""
+    rule = LEAVES[attribute]
+    shape = tuple(leaf.shape[::-1]) if rule.transposed else tuple(leaf.shape)
+    return [TensorSpec(f"{name}.{rule.suffix}", np.dtype(leaf.dtype) if dtype is None else dtype, shape)]
+
+
+def packed_specs(name: str, shape: tuple[int, int], bits: int, group_size: int, scale_dtype: np.dtype = _FLOAT16) -> list[TensorSpec]:
+    """The plan for a packed kernel `[K, N]` in the GPTQ formats."""
+    k, n = shape
+    groups = -(-k // group_rows(k, group_size))
+    return [
+        TensorSpec(f"{name}.qweight", _INT32, (k * bits // 32, n)),
+        TensorSpec(f"{name}.qzeros", _INT32, (groups, n * bits // 32)),
+        TensorSpec(f"{name}.scales", scale_dtype, (groups, n)),
+        TensorSpec(f"{name}.g_idx", _INT32, (k,)),
+    ]
+
+
+def encode_float(name: str, attribute: str, leaf: Array | PackedTensor, dtype: np.dtype | None = None) -> dict[str, np.ndarray]:
+    """The tensor of a float leaf; a packed kernel is expanded and rounded to `dtype`."""
+    rule = LEAVES[attribute]
+    array = np.asarray(leaf.dequantize() if isinstance(leaf, PackedTensor) else leaf)
+    if dtype is not None:
+        array = array.astype(dtype)
+    return {f"{name}.{rule.suffix}": array.T if rule.transposed else array}
+
+
+def encode_packed(name: str, packed: PackedTensor, file_format: str) -> dict[str, np.ndarray]:
+    """The tensors of a packed kernel.
+
+    Args:
+      name: Hugging Face name of the linear.
+      packed: the kernel.
+      file_format: "gptq" (v1, stores zero - 1) or "gptq_v2" (stores zero).
+
+    Raises:
+      ConfigError: an asymmetric kernel in v1, which cannot hold a zero point of 0.
+    """
+    k, _ = packed.shape
+    rows = group_rows(k, packed.group_size)
+    if file_format == "gptq" and packed.zeros is not None:
+        raise ConfigError(f"{name}: GPTQ v1 cannot hold the zero points of an asymmetric grid; use format 'gptq_v2'")
+    _, zero_gn = unpack(packed)
+    stored_gn = zero_gn - 1 if file_format == "gptq" else zero_gn
+    order = jnp.arange(k, dtype=jnp.int32) // rows if packed.order is None else packed.order
+    return {
+        f"{name}.qweight": np.asarray(packed.qweight),
+        f"{name}.qzeros": np.asarray(pack_codes(stored_gn.T, packed.bits).T),
+        f"{name}.scales": np.asarray(packed.scales),
+        f"{name}.g_idx": np.asarray(order),
+    }

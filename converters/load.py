@@ -1,0 +1,187 @@
+"""Folder or hub id -> decoder. Leaves are views of the mapped shards; nothing is read before it is used."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from converters.checkpoint import Checkpoint, open_checkpoint, read_json, resolve_folder
+from converters.names import IGNORED, LEAVES, block_leaves, hf_module, leaves
+from jgptq.config import QuantizeConfig, group_rows
+from jgptq.errors import ArchitectureError, CheckpointError
+from jgptq.models import Block, Decoder, ModelConfig, Origin, config_from_hf
+from jgptq.packed import PackedTensor, validate
+from pallas_kernels.layout import pack_codes, unpack_codes
+
+Leaf = np.ndarray | PackedTensor
+
+
+def load_hf(source: str | Path, dtype: str = "auto") -> Decoder:
+    """Loads a Hugging Face checkpoint, float or GPTQ (v1 and v2), as a Flax decoder.
+
+    Args:
+      source: a folder, or a hub id such as "HuggingFaceTB/SmolLM2-135M".
+      dtype: what activations are computed in: "float32", "bfloat16", or "auto" for the checkpoint's own (float16 computes in
+        float32). Leaves keep the dtype of the file.
+
+    Returns:
+      The decoder. Its leaves are memory-mapped views in Flax layout, its `origin` says where it came from, and `quantization` is
+      set where the checkpoint is quantized.
+
+    Raises:
+      CheckpointError: files that are missing or damaged; tensors that are missing, unexpected or of a wrong shape, all at once.
+      ArchitectureError: an architecture or a quantization method that is not implemented.
+    """
+    folder = resolve_folder(source)
+    hf = read_json(folder / "config.json")
+    quantization = hf.pop("quantization_config", None)
+    config = config_from_hf(hf, dtype)
+    checkpoint = open_checkpoint(folder)
+    decoder = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+    found = _fill(leaves(decoder), checkpoint, config, None if quantization is None else _check_method(quantization))
+    unexpected = [name for name in checkpoint.entries if name not in found and not name.endswith(IGNORED)]
+    if config.tie_word_embeddings:
+        unexpected = [name for name in unexpected if name != "lm_head.weight"]
+    if unexpected:
+        listed = ", ".join(sorted(unexpected)[:12]) + (", ..." if len(unexpected) > 12 else "")
+        raise CheckpointError(f"{folder}: {len(unexpected)} tensors that a {config.model_type} does not have: {listed}; check config.json")
+    decoder.origin = Origin(folder=str(folder), hf_config=json.dumps(hf))
+    decoder.quantization = None if quantization is None else _quantize_config(quantization)
+    return decoder
+
+
+def load_block(index: int, config: ModelConfig, checkpoint: Checkpoint, quantization: dict[str, Any]) -> Block:
+    """One block of a checkpoint that may not be whole yet.
+
+    Args:
+      index: which block.
+      config: the decoder's switches.
+      checkpoint: the tensors.
+      quantization: the `quantization_config` that the tensors were written under.
+    """
+    block = nnx.eval_shape(lambda: Block(config, config.layer_windows[index], rngs=nnx.Rngs(0)))
+    _fill(block_leaves(index, block), checkpoint, config, quantization)
+    return block
+
+
+def _fill(
+    targets: Iterable[tuple[str, nnx.Module, str]], checkpoint: Checkpoint, config: ModelConfig, quantization: dict[str, Any] | None
+) -> set[str]:
+    """Sets the leaves of abstract modules from a checkpoint; returns the names that were used, raises all problems at once."""
+    used: set[str] = set()
+    problems: list[str] = []
+    for path, module, attribute in targets:
+        param = getattr(module, attribute)
+        shape = tuple(param.get_value().shape)
+        name = hf_module(path, config.model_type)
+        if quantization is not None and attribute == "kernel" and f"{name}.qweight" in checkpoint.entries:
+            read = _packed(name, shape, checkpoint, quantization, used, problems)
+        else:
+            read = _float(f"{name}.{LEAVES[attribute].suffix}", attribute, shape, checkpoint, used, problems)
+        if read is not None:
+            setattr(module, attribute, nnx.Param(read))
+    if problems:
+        raise CheckpointError(f"{checkpoint.folder}: {len(problems)} tensors do not fit the config:\n" + "\n".join(problems))
+    return used
+
+
+def _float(
+    name: str, attribute: str, shape: tuple[int, ...], checkpoint: Checkpoint, used: set[str], problems: list[str]
+) -> np.ndarray | None:
+    """A float leaf in Flax layout, or None with its problem noted."""
+    transposed = LEAVES[attribute].transposed
+    stored = shape[::-1] if transposed else shape
+    entry = checkpoint.entries.get(name)
+    if entry is None:
+        problems.append(f"  {name} is missing, expected {list(stored)}")
+        return None
+    used.add(name)
+    if entry.shape != stored:
+        problems.append(f"  {name} has shape {list(entry.shape)}, expected {list(stored)}")
+        return None
+    if entry.dtype not in ("F16", "BF16", "F32", "F64"):
+        problems.append(f"  {name} has dtype {entry.dtype}, expected a float")
+        return None
+    array = checkpoint.array(name)
+    return array.T if transposed else array
+
+
+def _packed(
+    name: str,
+    shape: tuple[int, ...],
+    checkpoint: Checkpoint,
+    quantization: dict[str, Any],
+    used: set[str],
+    problems: list[str],
+) -> PackedTensor | None:
+    """A packed kernel, or None with its problem noted. Bits and group follow from the shapes, as modules may override the config."""
+    k, n = shape
+    parts = {part: f"{name}.{part}" for part in ("qweight", "scales", "qzeros", "g_idx") if f"{name}.{part}" in checkpoint.entries}
+    missing = [part for part in ("qweight", "scales", "qzeros") if part not in parts]
+    if missing:
+        problems.extend(f"  {name}.{part} is missing beside {name}.qweight" for part in missing)
+        return None
+    used.update(parts.values())
+    arrays = {part: checkpoint.array(full) for part, full in parts.items()}
+    bits, remainder = divmod(arrays["qweight"].shape[0] * 32, k)
+    groups = arrays["scales"].shape[0]
+    declared = quantization.get("group_size", -1)
+    group_size = declared if groups == -(-k // group_rows(k, declared)) else (-1 if groups == 1 else k // groups)
+    zeros = None if remainder else _zeros(arrays["qzeros"], bits, quantization.get("checkpoint_format", "gptq"))
+    packed = PackedTensor(
+        qweight=arrays["qweight"],
+        scales=arrays["scales"],
+        zeros=zeros,
+        order=_order(arrays.get("g_idx"), k, group_rows(k, group_size)),
+        bits=bits,
+        group_size=group_size,
+        shape=(k, n),
+    )
+    try:
+        validate(packed, name)
+    except CheckpointError as error:
+        problems.append(f"  {error}")
+        return None
+    return packed
+
+
+def _zeros(stored: np.ndarray, bits: int, checkpoint_format: str) -> np.ndarray | None:
+    """Zero points as a `PackedTensor` keeps them: plain (v1 stores one less), and None where all are 2^(bits-1)."""
+    zero_gn = unpack_codes(jnp.asarray(np.ascontiguousarray(stored.T)), bits).T
+    if checkpoint_format != "gptq_v2":
+        zero_gn = (zero_gn + 1) % 2**bits
+    if bool(jnp.all(zero_gn == 2 ** (bits - 1))):
+        return None
+    return np.asarray(pack_codes(zero_gn.T, bits).T)
+
+
+def _order(g_idx: np.ndarray | None, k: int, rows: int) -> np.ndarray | None:
+    """The group of each row, or None where groups are contiguous and whole."""
+    contiguous = np.arange(k, dtype=np.int32) // rows
+    if g_idx is None or np.array_equal(g_idx, contiguous):
+        return None if k % rows == 0 else contiguous
+    return np.asarray(g_idx)
+
+
+def _check_method(quantization: dict[str, Any]) -> dict[str, Any]:
+    method = quantization.get("quant_method")
+    if method != "gptq":
+        raise ArchitectureError(f"config.json: quantization method {method!r} cannot be read; expected 'gptq' or a float checkpoint")
+    return quantization
+
+
+def _quantize_config(quantization: dict[str, Any]) -> QuantizeConfig:
+    """The settings that a GPTQ folder was written under, as far as it records them."""
+    meta = quantization.get("meta") or {}
+    return QuantizeConfig(
+        bits=quantization["bits"],
+        group_size=quantization["group_size"],
+        sym=quantization.get("sym", True),
+        order="group" if meta.get("order") == "group" else "none",
+        method="rtn" if meta.get("method") == "rtn" else "gptq",
+        damping=meta.get("damp_percent") or QuantizeConfig.damping,
+    )

@@ -1,0 +1,122 @@
+"""Decoder -> folder: GPTQ v1 and v2, or float."""
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from converters.encode import encode_float, encode_packed, float_specs, packed_specs
+from converters.names import hf_module, leaves
+from converters.quantization import Format, check_format, quantization_config, reader_warnings
+from converters.shards import ShardWriter, TensorSpec, refuse_existing
+from jgptq.errors import ConfigError
+from jgptq.models import Decoder, config_to_hf
+from jgptq.packed import PackedTensor
+from jgptq.plan import plan_block
+
+COPIED = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""Files that are carried along from the folder that a decoder came from."""
+
+
+def save_hf(
+    params: Decoder, folder: str | Path, format: Format = "gptq", *, max_shard_size: int | str = "5GB", overwrite: bool = False
+) -> Path:
+    """Writes a decoder as a Hugging Face folder that is whole or absent.
+
+    The folder grows under `<folder>.partial` and is renamed when everything is on the disk. Float leaves keep their dtype.
+
+    Args:
+      params: a quantized decoder for "gptq" and "gptq_v2"; any decoder for "float", which expands packed kernels.
+      folder: where to.
+      format: "gptq" (v1, symmetric grids), "gptq_v2", or "float".
+      max_shard_size: bytes in one shard, such as "5GB" or "300MiB".
+      overwrite: replace a folder that exists.
+
+    Returns:
+      The folder.
+
+    Raises:
+      ConfigError: the format cannot hold these parameters.
+      OutputError: the folder exists, or the disk is full.
+    """
+    out = Path(folder)
+    refuse_existing(out, overwrite)
+    if format != "float" and params.quantization is None:
+        raise ConfigError("the decoder holds no packed kernels; quantize it first, or write it with format='float'")
+    if params.quantization is not None:
+        check_format(format, params.quantization)
+        for warning in reader_warnings(params.quantization, format):
+            warnings.warn(warning, UserWarning, stacklevel=2)
+    writer = ShardWriter(out, _specs(params, format), max_shard_size=max_shard_size)
+    for path, module, attribute in leaves(params):
+        leaf = getattr(module, attribute).get_value()
+        for name, array in encode_leaf(params, path, attribute, leaf, format).items():
+            writer.write(name, array)
+    write_settings(writer, params, format)
+    return writer.finish()
+
+
+def encode_leaf(params: Decoder, path: str, attribute: str, leaf: Any, file_format: str) -> dict[str, np.ndarray]:
+    """The tensors of one leaf in a format."""
+    name = hf_module(path, params.config.model_type)
+    if isinstance(leaf, PackedTensor) and file_format != "float":
+        return encode_packed(name, leaf, file_format)
+    return encode_float(name, attribute, leaf, _expanded_dtype(params) if isinstance(leaf, PackedTensor) else None)
+
+
+def write_settings(writer: ShardWriter, params: Decoder, file_format: str) -> None:
+    """Writes config.json and quantize_config.json, and copies the tokenizer's files."""
+    stored = str(params.embed_tokens.embedding.get_value().dtype)
+    origin = params.origin
+    hf = config_to_hf(params.config, stored) if origin is None else json.loads(origin.hf_config)
+    if file_format != "float" and params.quantization is not None:
+        quantization = quantization_config(params.quantization, file_format, kept_float(params), len(params.layers))
+        hf["quantization_config"] = quantization
+        writer.write_text("quantize_config.json", json.dumps(quantization, indent=2) + "\n")
+    writer.write_text("config.json", json.dumps(hf, indent=2) + "\n")
+    for name in COPIED:
+        if origin is not None and (Path(origin.folder) / name).is_file():
+            shutil.copyfile(Path(origin.folder) / name, writer.folder / name)
+
+
+def kept_float(params: Decoder) -> list[str]:
+    """Paths of the linears of the blocks that are not packed, or will not be where none is yet."""
+    paths = []
+    for index, block in enumerate(params.layers):
+        for plan in plan_block(block):
+            if plan.kept_float is not None:
+                paths += [f"layers.{index}.{name}" for name in plan.names]
+    return paths
+
+
+def _specs(params: Decoder, file_format: str) -> list[TensorSpec]:
+    specs = []
+    for path, module, attribute in leaves(params):
+        leaf = getattr(module, attribute).get_value()
+        name = hf_module(path, params.config.model_type)
+        if not isinstance(leaf, PackedTensor):
+            specs += float_specs(name, attribute, leaf)
+        elif file_format == "float":
+            specs += float_specs(name, attribute, leaf, _expanded_dtype(params))
+        else:
+            specs += packed_specs(name, leaf.shape, leaf.bits, leaf.group_size, np.dtype(leaf.scales.dtype))
+    return specs
+
+
+def _expanded_dtype(params: Decoder) -> np.dtype:
+    """Expanded kernels are stored like the embedding, which is never packed."""
+    return np.dtype(params.embed_tokens.embedding.get_value().dtype)

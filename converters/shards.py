@@ -1,0 +1,205 @@
+"""Writing safetensors shards whose layout is planned first and whose tensors come in any order.
+
+All shapes are known before a run begins, so every shard's header is written and its space reserved at the start: a disk that is too
+small is found out before the work and not after it, each tensor goes straight to its place, and a run that was stopped finds
+what it had written. The folder carries a temporary name until it is whole.
+"""
+
+import dataclasses
+import errno
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from converters.checkpoint import DTYPES, INDEX, SINGLE
+from jgptq.errors import ConfigError, OutputError
+
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorSpec:
+    """A tensor that will be written."""
+
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    file: str
+    start: int
+    spec: TensorSpec
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes of "5GB", "300MiB" or a plain number.
+
+    Raises:
+      ConfigError: not a positive size.
+    """
+    match = re.fullmatch(r"\s*([\d.]+)\s*([A-Za-z]*)\s*", str(size))
+    unit = _UNITS.get(match[2].upper()) if match else None
+    try:
+        count = float(match[1]) * unit if match and unit else 0
+    except ValueError:
+        count = 0
+    if count < 1:
+        raise ConfigError(f"max_shard_size {size!r} is not a size; write it as 5GB or 300MiB")
+    return int(count)
+
+
+def partial_folder(out: Path) -> Path:
+    """Where `out` grows until it is whole."""
+    return out.with_name(out.name + ".partial")
+
+
+def refuse_existing(out: Path, overwrite: bool) -> None:
+    """Refuses to write where something is.
+
+    Raises:
+      OutputError: `out` exists and may not be replaced.
+    """
+    if out.exists() and not overwrite:
+        raise OutputError(errno.EEXIST, f"{out} exists; choose another folder, or pass --overwrite (overwrite=True) to replace it")
+
+
+class ShardWriter:
+    """Writes tensors into reserved places under `<out>.partial`.
+
+    Args:
+      out: the folder to make.
+      specs: every tensor, in the order in which they should lie.
+      max_shard_size: bytes in one shard at most, unless one tensor alone is larger.
+      resume: keep shards of the same layout that are already there.
+
+    Raises:
+      OutputError: the disk cannot hold the result.
+    """
+
+    def __init__(self, out: Path, specs: Iterable[TensorSpec], *, max_shard_size: int | str = "5GB", resume: bool = False):
+        self.out = out
+        self.folder = partial_folder(out)
+        self._places: dict[str, _Place] = {}
+        self._headers: dict[str, bytes] = {}
+        self._sizes: dict[str, int] = {}
+        self._plan(list(specs), parse_size(max_shard_size))
+        if not resume and self.folder.exists():
+            shutil.rmtree(self.folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for file in self._headers:
+            self._guard(file, lambda file=file: self._reserve(file))
+
+    @property
+    def files(self) -> list[str]:
+        """Names of the shards."""
+        return list(self._headers)
+
+    def write(self, name: str, array: np.ndarray) -> None:
+        """Writes one tensor to its place.
+
+        Args:
+          name: as in the plan.
+          array: of the planned dtype and shape.
+
+        Raises:
+          OutputError: the disk is full.
+          ValueError: the array is not what was planned; nothing is written.
+        """
+        place = self._places[name]
+        if array.dtype != place.spec.dtype or array.shape != place.spec.shape:
+            planned = f"{place.spec.dtype} {list(place.spec.shape)}"
+            raise ValueError(f"{name}: planned as {planned}, given {array.dtype} {list(array.shape)}")
+        data = memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        self._guard(place.file, lambda: self._write_at(place.file, place.start, data))
+
+    def sync(self) -> None:
+        """Forces what was written to the disk."""
+        for file in self._headers:
+            with (self.folder / file).open("rb") as stream:
+                self._guard(file, lambda stream=stream: os.fsync(stream.fileno()))
+
+    def write_text(self, name: str, text: str) -> None:
+        """Writes a small file beside the shards."""
+        self._guard(name, lambda: (self.folder / name).write_text(text, encoding="utf-8"))
+
+    def finish(self) -> Path:
+        """Writes the index, and renames the folder: from here on it is whole.
+
+        Returns:
+          The folder.
+        """
+        if len(self._headers) > 1:
+            total = sum(place.spec.nbytes for place in self._places.values())
+            index = {"metadata": {"total_size": total}, "weight_map": {name: place.file for name, place in self._places.items()}}
+            self.write_text(INDEX, json.dumps(index, indent=2) + "\n")
+        self.sync()
+        replaced = self.out.with_name(self.out.name + ".replaced")
+        if self.out.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+            self.out.rename(replaced)
+        self.folder.rename(self.out)
+        shutil.rmtree(replaced, ignore_errors=True)
+        return self.out
+
+    def _plan(self, specs: list[TensorSpec], limit: int) -> None:
+        shards: list[list[TensorSpec]] = [[]]
+        filled = 0
+        for spec in specs:
+            if shards[-1] and filled + spec.nbytes > limit:
+                shards.append([])
+                filled = 0
+            shards[-1].append(spec)
+            filled += spec.nbytes
+        for number, shard in enumerate(shards, 1):
+            file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            header, start = {"__metadata__": {"format": "pt"}}, 0
+            for spec in shard:
+                offsets = [start, start + spec.nbytes]
+                header[spec.name] = {"dtype": _DTYPE_NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": offsets}
+                start += spec.nbytes
+            text = json.dumps(header).encode()
+            text += b" " * (-len(text) % 8)
+            self._headers[file] = len(text).to_bytes(8, "little") + text
+            self._sizes[file] = len(self._headers[file]) + start
+            for spec in shard:
+                self._places[spec.name] = _Place(file, len(self._headers[file]) + header[spec.name]["data_offsets"][0], spec)
+
+    def _reserve(self, file: str) -> None:
+        """Writes the header and claims the blocks of the whole file, so that a later write cannot run out of space."""
+        with (self.folder / file).open("r+b" if (self.folder / file).exists() else "w+b") as stream:
+            stream.write(self._headers[file])
+            stream.flush()
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(stream.fileno(), 0, self._sizes[file])
+            else:
+                stream.truncate(self._sizes[file])
+
+    def _write_at(self, file: str, start: int, data: memoryview) -> None:
+        with (self.folder / file).open("r+b") as stream:
+            stream.seek(start)
+            stream.write(data)
+
+    def _guard(self, file: str, action) -> None:
+        """Runs an action on a file; a full disk becomes an error that says what is needed."""
+        try:
+            action()
+        except OSError as error:
+            needed = sum(self._sizes.values())
+            free = shutil.disk_usage(self.folder).free
+            message = f"{self.folder / file}: {error.strerror}; the result needs {needed} bytes, {free} are free. "
+            kept = "Finished blocks are kept: free some space, or choose another disk, and run the same command again"
+            raise OutputError(error.errno, message + kept) from error

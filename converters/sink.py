@@ -1,0 +1,171 @@
+"""A sink for the driver that writes each block to its final place as soon as it is quantized, and finds it there after a stop."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from converters.checkpoint import Checkpoint, TensorEntry, read_header
+from converters.encode import float_specs, packed_specs
+from converters.load import load_block
+from converters.names import block_leaves, hf_module, leaves
+from converters.quantization import Format, check_format, quantization_config, reader_warnings
+from converters.save import encode_leaf, kept_float, write_settings
+from converters.shards import ShardWriter, TensorSpec, partial_folder, refuse_existing
+from jgptq.config import QuantizeConfig
+from jgptq.errors import ConfigError, OutputError
+from jgptq.models import Block, Decoder
+from jgptq.plan import plan_decoder
+from jgptq.summary import LinearReport, Report, row_to_dict
+
+JOURNAL = "progress.jsonl"
+REPORT = "quantize_report.json"
+
+
+class FolderSink:
+    """Writes blocks under `<out>.partial`; `finish` makes it `out`.
+
+    A journal in the folder names the run (settings, tokens, model) in its first line and then each finished block. A sink
+    that finds a journal of the same run continues it; one of another run is refused.
+
+    Args:
+      out: the folder to make.
+      params: the float decoder that is quantized.
+      config: the run's settings.
+      calib: int32 calibration tokens `[samples, seq_len]`, which name the run; None where it uses none.
+      file_format: "gptq" or "gptq_v2".
+      max_shard_size: bytes in one shard.
+      overwrite: replace a folder that exists, and drop the rest of another run.
+
+    Raises:
+      ConfigError: a float format, or one that cannot hold the grid.
+      OutputError: the folder exists, holds another unfinished run, or the disk cannot hold the result.
+    """
+
+    def __init__(
+        self,
+        out: str | Path,
+        params: Decoder,
+        config: QuantizeConfig,
+        calib: np.ndarray | None,
+        *,
+        file_format: Format = "gptq",
+        max_shard_size: int | str = "5GB",
+        overwrite: bool = False,
+    ):
+        self.out = Path(out)
+        refuse_existing(self.out, overwrite)
+        check_format(file_format, config)
+        if file_format == "float":
+            raise ConfigError("a quantized run is written as 'gptq' or 'gptq_v2'; use save_hf for a float folder")
+        for warning in reader_warnings(config, file_format):
+            warnings.warn(warning, UserWarning, stacklevel=2)
+        self._params, self._config, self._format = params, config, file_format
+        run = _fingerprint(params, config, calib, file_format, max_shard_size)
+        resume = self._check_journal(run, overwrite)
+        self._writer = ShardWriter(self.out, self._specs(), max_shard_size=max_shard_size, resume=resume)
+        self._journal = partial_folder(self.out) / JOURNAL
+        if not resume:
+            self._append({"run": run})
+
+    def done(self) -> Mapping[int, tuple[Block, tuple[LinearReport, ...]]]:
+        """The blocks that are already written, as views of the mapped shards, with their report rows."""
+        lines = [json.loads(line) for line in self._journal.read_text(encoding="utf-8").splitlines()[1:]]
+        if not lines:
+            return {}
+        entries: dict[str, TensorEntry] = {}
+        for file in self._writer.files:
+            entries |= read_header(self._writer.folder / file)
+        checkpoint = Checkpoint(self._writer.folder, entries)
+        names = quantization_config(self._config, self._format, (), len(self._params.layers))
+        finished = {}
+        for line in lines:
+            block = load_block(line["block"], self._params.config, checkpoint, names)
+            finished[line["block"]] = (block, tuple(LinearReport(**row) for row in line["rows"]))
+        return finished
+
+    def write(self, index: int, block: Block, rows: tuple[LinearReport, ...]) -> None:
+        """Writes a finished block and notes it in the journal once it is on the disk."""
+        for path, module, attribute in block_leaves(index, block):
+            leaf = getattr(module, attribute).get_value()
+            for name, array in encode_leaf(self._params, path, attribute, leaf, self._format).items():
+                self._writer.write(name, array)
+        self._writer.sync()
+        self._append({"block": index, "rows": [row_to_dict(row) for row in rows]})
+
+    def finish(self, qparams: Decoder, report: Report) -> Path:
+        """Writes what is not in a block, the settings and the report, and renames the folder.
+
+        Args:
+          qparams: what the driver returned.
+          report: likewise.
+
+        Returns:
+          The finished folder.
+        """
+        for path, module, attribute in leaves(qparams):
+            if not path.startswith("layers."):
+                leaf = getattr(module, attribute).get_value()
+                for name, array in encode_leaf(qparams, path, attribute, leaf, self._format).items():
+                    self._writer.write(name, array)
+        write_settings(self._writer, qparams, self._format)
+        self._writer.write_text(REPORT, report.to_json() + "\n")
+        self._journal.unlink()
+        return self._writer.finish()
+
+    def _specs(self) -> list[TensorSpec]:
+        plans = plan_decoder(self._params, self._config)
+        packed = {
+            f"layers.{index}.{name}"
+            for index, plan in enumerate(plans)
+            for stage in plan
+            if stage.kept_float is None
+            for name in stage.names
+        }
+        specs = []
+        for path, module, attribute in leaves(self._params):
+            leaf = getattr(module, attribute).get_value()
+            name = hf_module(path, self._params.config.model_type)
+            if attribute == "kernel" and path in packed:
+                specs += packed_specs(name, leaf.shape, self._config.bits, self._config.group_size)
+            else:
+                specs += float_specs(name, attribute, leaf)
+        return specs
+
+    def _check_journal(self, run: str, overwrite: bool) -> bool:
+        """Whether there is an unfinished run to continue."""
+        journal = partial_folder(self.out) / JOURNAL
+        if not journal.exists():
+            return False
+        first = journal.read_text(encoding="utf-8").splitlines()[:1]
+        if first and json.loads(first[0]) == {"run": run}:
+            return True
+        if overwrite:
+            return False
+        message = f"{journal.parent} holds an unfinished run with other settings, tokens or weights; "
+        raise OutputError(f"{message}repeat that run's command to continue it, delete the folder, or pass --overwrite (overwrite=True)")
+
+    def _append(self, line: dict) -> None:
+        with self._journal.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(line) + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+
+
+def _fingerprint(params: Decoder, config: QuantizeConfig, calib: np.ndarray | None, *settings: object) -> str:
+    """Names a run: settings, tokens, and the model by its config and the sizes and times of its files."""
+    digest = hashlib.sha256(repr((dataclasses.asdict(config), params.config, settings)).encode())
+    if calib is not None:
+        digest.update(np.ascontiguousarray(calib, np.int32).tobytes())
+    if params.origin is not None:
+        digest.update(params.origin.hf_config.encode())
+        for path in sorted(Path(params.origin.folder).glob("*.safetensors")):
+            digest.update(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}".encode())
+    return digest.hexdigest()
+
+

@@ -1,0 +1,62 @@
+"""Settings of a quantization run: one frozen dataclass, checked when it is made."""
+
+import dataclasses
+from typing import Literal, get_args
+
+from jgptq.errors import ConfigError
+
+Method = Literal["gptq", "rtn"]
+Order = Literal["none", "group"]
+
+BITS = (2, 3, 4, 8)
+ROW_MULTIPLE = 32
+"""K and N of a packed linear, and every group size, are multiples of this: 32 codes fill whole int32 words at any bit width."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuantizeConfig:
+    """How the linears of a decoder are quantized.
+
+    Raises:
+      ConfigError: a value is out of range; the message lists those allowed.
+    """
+
+    bits: int = 4  # width of a code: 2, 3, 4 or 8
+    group_size: int = 128  # rows of K that share a scale: a multiple of 32, or -1 for all of K
+    sym: bool = True  # symmetric grid: the zero point is 2^(bits-1) everywhere and is not stored as data of its own
+    method: Method = "gptq"  # "gptq", or "rtn": round-to-nearest on the same grid
+    order: Order = "group"  # rows in file order, or most important first inside and among groups (file order is kept)
+    damping: float = 0.01  # added to the Hessian's diagonal, as a fraction of its mean
+    allow_rtn_fallback: bool = False  # a linear that cannot be solved is rounded to nearest and reported, not an error
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.bits not in BITS:
+            problems.append(f"bits must be one of {BITS}, found {self.bits}")
+        if self.group_size != -1 and (self.group_size <= 0 or self.group_size % ROW_MULTIPLE):
+            problems.append(f"group_size must be -1 or a positive multiple of {ROW_MULTIPLE}, found {self.group_size}")
+        if self.method not in get_args(Method):
+            problems.append(f"method must be one of {get_args(Method)}, found {self.method!r}")
+        if self.order not in get_args(Order):
+            problems.append(f"order must be one of {get_args(Order)}, found {self.order!r}")
+        if not 0.0 < self.damping <= 1.0:
+            problems.append(f"damping must be in (0, 1], found {self.damping}; the usual value is 0.01")
+        if problems:
+            raise ConfigError("; ".join(problems))
+
+
+def group_rows(k: int, group_size: int) -> int:
+    """The number of rows in a group of a linear with `k` in-features: `group_size`, or `k` where it is -1."""
+    return k if group_size == -1 else group_size
+
+
+def fitting_group_sizes(k_sizes: list[int]) -> list[int]:
+    """The group sizes that divide every K in `k_sizes`, -1 first, then the common ones up to 1024."""
+    common = (32, 64, 96, 128, 160, 192, 256, 320, 384, 512, 640, 768, 1024)
+    return [-1, *(g for g in common if all(k % g == 0 for k in k_sizes))]
+
+
+def packable(k: int, n: int) -> str | None:
+    """None if a `[k, n]` linear can be held by the packed formats, else the reason, as a phrase."""
+    bad = [f"{name}={size}" for name, size in (("K", k), ("N", n)) if size % ROW_MULTIPLE]
+    return None if not bad else f"{' and '.join(bad)} {'is' if len(bad) == 1 else 'are'} not a multiple of {ROW_MULTIPLE}"

@@ -1,0 +1,42 @@
+"""Moving leaves from mapped files to a device without keeping their pages in memory."""
+
+import mmap
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Tree = TypeVar("Tree")
+
+
+def to_device(tree: Tree) -> Tree:
+    """Copies every leaf to the default device; pages of mapped files that were read for it are given back to the system.
+
+    Args:
+      tree: a pytree of arrays, a module for example; leaves may be views of a mapped file.
+
+    Returns:
+      The same tree with device arrays.
+    """
+    return jax.tree.map(_leaf_to_device, tree)
+
+
+def _leaf_to_device(leaf: jax.Array | np.ndarray) -> jax.Array:
+    mapped = isinstance(leaf, np.memmap)
+    # jax may borrow an aligned host buffer; a mapped file must be copied, for its pages are about to go.
+    device = jnp.asarray(np.array(leaf, copy=True, order="C") if mapped else leaf)
+    if mapped:
+        release(leaf)
+    return device
+
+
+def release(leaf: np.ndarray) -> None:
+    """Tells the system that the pages under a view of a mapped file are not needed now; reading it again maps them anew."""
+    mapping: mmap.mmap | None = getattr(leaf, "_mmap", None)
+    if mapping is None or leaf.size == 0 or not hasattr(mapping, "madvise"):
+        return
+    origin = np.frombuffer(mapping, np.uint8).__array_interface__["data"][0]
+    low, high = np.lib.array_utils.byte_bounds(leaf)
+    first = (low - origin) // mmap.PAGESIZE * mmap.PAGESIZE
+    mapping.madvise(mmap.MADV_DONTNEED, first, high - origin - first)

@@ -1,0 +1,73 @@
+"""The small layers that a decoder is built of. A leaf may be a device array, a host array or a view of a mapped file."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jgptq.notation import Float, Int
+from jgptq.packed import PackedTensor
+
+
+class Linear(nnx.Module):
+    """`y = h @ kernel + bias`, where the kernel is a float `[K, N]` array or a `PackedTensor` of that shape.
+
+    Args:
+      k: in-features.
+      n: out-features.
+      use_bias: whether there is a bias `[N]`.
+      rngs: source of the initial kernel, normal with standard deviation 0.02.
+    """
+
+    def __init__(self, k: int, n: int, *, use_bias: bool = False, rngs: nnx.Rngs):
+        self.kernel: nnx.Param = nnx.Param(jax.random.normal(rngs.params(), (k, n), jnp.float32) * 0.02)
+        self.bias = nnx.Param(jnp.zeros((n,), jnp.float32)) if use_bias else None
+
+    def __call__(self, h: Float[jax.Array, "*batch K"]) -> Float[jax.Array, "*batch N"]:
+        kernel = self.kernel.get_value()
+        if isinstance(kernel, PackedTensor):
+            y = kernel.matmul(h)
+        else:
+            y = jnp.matmul(h, jnp.asarray(kernel, h.dtype), preferred_element_type=jnp.float32).astype(h.dtype)
+        if self.bias is None:
+            return y
+        bias = jnp.asarray(self.bias.get_value(), h.dtype)
+        return y + bias.reshape((1,) * (y.ndim - 1) + bias.shape)
+
+
+class RMSNorm(nnx.Module):
+    """`scale * h / sqrt(mean(h^2) + eps)`, the mean in float32 (arXiv 1910.07467).
+
+    Args:
+      width: D, the size of the last axis.
+      eps: added to the mean square.
+    """
+
+    def __init__(self, width: int, eps: float):
+        self.scale = nnx.Param(jnp.ones((width,), jnp.float32))
+        self.eps = eps
+
+    def __call__(self, h: Float[jax.Array, "*batch D"]) -> Float[jax.Array, "*batch D"]:
+        wide = h.astype(jnp.float32)
+        normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        scale = jnp.asarray(self.scale.get_value(), h.dtype)
+        return normed.astype(h.dtype) * scale.reshape((1,) * (h.ndim - 1) + scale.shape)
+
+
+class Embedding(nnx.Module):
+    """A table `[V, D]` of token vectors.
+
+    Args:
+      vocab_size: V.
+      width: D.
+      rngs: source of the initial table, normal with standard deviation 0.02.
+    """
+
+    def __init__(self, vocab_size: int, width: int, *, rngs: nnx.Rngs):
+        self.embedding: nnx.Param = nnx.Param(jax.random.normal(rngs.params(), (vocab_size, width), jnp.float32) * 0.02)
+
+    def __call__(self, tokens: Int[jax.Array, "b S"], dtype: jnp.dtype) -> Float[jax.Array, "b S D"]:
+        return jnp.asarray(self.embedding.get_value())[tokens].astype(dtype)
+
+    def attend(self, h: Float[jax.Array, "b S D"]) -> Float[jax.Array, "b S V"]:
+        """Float32 logits with the transposed table: a tied output projection."""
+        return jnp.matmul(h, jnp.asarray(self.embedding.get_value(), h.dtype).T, preferred_element_type=jnp.float32)

@@ -1,0 +1,8 @@
+"""Kernels over plain arrays; needs only jax.
+
+`int4_matmul` multiplies with packed group-wise codes, `gptq_block` runs the inner loop of the solver.
+"""
+
+from pallas_kernels.reference import gptq_block, int4_matmul
+
+__all__ = ["gptq_block", "int4_matmul"]
