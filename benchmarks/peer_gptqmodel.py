@@ -25,6 +25,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 import torch
 from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
+from gptqmodel.utils.cpp import load_pack_block_extension
 
 SHORTEST = 10  # GPTQModel drops samples of this many tokens or fewer
 
@@ -48,6 +49,8 @@ def quantize_config(args: argparse.Namespace) -> QuantizeConfig:
         name: getattr(args, name)
         for name in ("bits", "group_size", "sym", "desc_act", "mse", "act_group_aware", "damp_percent", "format", "offload_to_disk")
     }
+    if args.group_size == -1 and args.act_group_aware is None:
+        asked["act_group_aware"] = False  # its default, True, is refused without groups
     return QuantizeConfig(device="cpu", **{name: value for name, value in asked.items() if value is not None})
 
 
@@ -56,6 +59,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     tokens = np.load(args.tokens)
     check_kept(tokens, args.model_folder)
     config = quantize_config(args)
+    load_pack_block_extension()  # its first use ever compiles C++ for 40 s, and is kept in ~/.cache: that is installation
     dtype = "auto" if args.dtype == "auto" else getattr(torch, args.dtype)
     marks = [time.perf_counter()]
     model = GPTQModel.load(str(args.model_folder), config, dtype=dtype)

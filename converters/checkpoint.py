@@ -62,7 +62,9 @@ class Checkpoint:
         """
         entry = self.entries[name]
         if entry.dtype not in DTYPES:
-            raise CheckpointError(f"{self.folder / entry.file}: {name} has dtype {entry.dtype}, expected one of {', '.join(DTYPES)}")
+            raise CheckpointError(
+                f"{self.folder / entry.file}: {name} has dtype {entry.dtype}, expected one of {', '.join(DTYPES)}"
+            )
         if entry.file not in self._maps:
             self._maps[entry.file] = np.memmap(self.folder / entry.file, np.uint8, mode="r")
         dtype = DTYPES[entry.dtype]
@@ -80,7 +82,9 @@ def resolve_folder(source: str | Path) -> Path:
     if folder.is_dir():
         return folder
     if folder.exists() or str(source).count("/") != 1 or str(source).startswith((".", "~", "/")):
-        raise CheckpointError(f"{source}: not a folder; expected a folder with config.json and {SINGLE}, or a hub id 'owner/name'")
+        raise CheckpointError(
+            f"{source}: not a folder; expected a folder with config.json and {SINGLE}, or a hub id 'owner/name'"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

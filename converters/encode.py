@@ -14,14 +14,15 @@ from pallas_kernels.layout import pack_codes
 _INT32, _FLOAT16 = np.dtype(np.int32), np.dtype(np.float16)
 
 
-def float_specs(name: str, attribute: str, leaf: Array, dtype: np.dtype | None = None) -> list[TensorSpec]:
-    """The plan for a float leaf: Torch's layout, the leaf's own dtype unless another is given."""
+def float_specs(name: str, attribute: str, shape: tuple[int, ...], dtype: np.dtype) -> list[TensorSpec]:
+    """The plan for a float leaf of this shape in Flax: Torch's layout in the file."""
     rule = LEAVES[attribute]
-    shape = tuple(leaf.shape[::-1]) if rule.transposed else tuple(leaf.shape)
-    return [TensorSpec(f"{name}.{rule.suffix}", np.dtype(leaf.dtype) if dtype is None else dtype, shape)]
+    return [TensorSpec(f"{name}.{rule.suffix}", np.dtype(dtype), tuple(shape[::-1] if rule.transposed else shape))]
 
 
-def packed_specs(name: str, shape: tuple[int, int], bits: int, group_size: int, scale_dtype: np.dtype = _FLOAT16) -> list[TensorSpec]:
+def packed_specs(
+    name: str, shape: tuple[int, int], bits: int, group_size: int, scale_dtype: np.dtype = _FLOAT16
+) -> list[TensorSpec]:
     """The plan for a packed kernel `[K, N]` in the GPTQ formats."""
     k, n = shape
     groups = -(-k // group_rows(k, group_size))

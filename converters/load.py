@@ -48,7 +48,9 @@ def load_hf(source: str | Path, dtype: str = "auto") -> Decoder:
         unexpected = [name for name in unexpected if name != "lm_head.weight"]
     if unexpected:
         listed = ", ".join(sorted(unexpected)[:12]) + (", ..." if len(unexpected) > 12 else "")
-        raise CheckpointError(f"{folder}: {len(unexpected)} tensors that a {config.model_type} does not have: {listed}; check config.json")
+        raise CheckpointError(
+            f"{folder}: {len(unexpected)} tensors that a {config.model_type} does not have: {listed}; check config.json"
+        )
     decoder.origin = Origin(folder=str(folder), hf_config=json.dumps(hf))
     decoder.quantization = None if quantization is None else _quantize_config(quantization)
     return decoder
@@ -69,7 +71,10 @@ def load_block(index: int, config: ModelConfig, checkpoint: Checkpoint, quantiza
 
 
 def _fill(
-    targets: Iterable[tuple[str, nnx.Module, str]], checkpoint: Checkpoint, config: ModelConfig, quantization: dict[str, Any] | None
+    targets: Iterable[tuple[str, nnx.Module, str]],
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    quantization: dict[str, Any] | None,
 ) -> set[str]:
     """Sets the leaves of abstract modules from a checkpoint; returns the names that were used, raises all problems at once."""
     used: set[str] = set()
@@ -78,6 +83,7 @@ def _fill(
         param = getattr(module, attribute)
         shape = tuple(param.get_value().shape)
         name = hf_module(path, config.model_type)
+        read: Leaf | None
         if quantization is not None and attribute == "kernel" and f"{name}.qweight" in checkpoint.entries:
             read = _packed(name, shape, checkpoint, quantization, used, problems)
         else:
@@ -118,9 +124,12 @@ def _packed(
     used: set[str],
     problems: list[str],
 ) -> PackedTensor | None:
-    """A packed kernel, or None with its problem noted. Bits and group follow from the shapes, as modules may override the config."""
+    """A packed kernel, or None with its problem noted. Bits and group follow from the shapes, as modules may override the
+    config."""
     k, n = shape
-    parts = {part: f"{name}.{part}" for part in ("qweight", "scales", "qzeros", "g_idx") if f"{name}.{part}" in checkpoint.entries}
+    parts = {
+        part: f"{name}.{part}" for part in ("qweight", "scales", "qzeros", "g_idx") if f"{name}.{part}" in checkpoint.entries
+    }
     missing = [part for part in ("qweight", "scales", "qzeros") if part not in parts]
     if missing:
         problems.extend(f"  {name}.{part} is missing beside {name}.qweight" for part in missing)
@@ -170,7 +179,9 @@ def _order(g_idx: np.ndarray | None, k: int, rows: int) -> np.ndarray | None:
 def _check_method(quantization: dict[str, Any]) -> dict[str, Any]:
     method = quantization.get("quant_method")
     if method != "gptq":
-        raise ArchitectureError(f"config.json: quantization method {method!r} cannot be read; expected 'gptq' or a float checkpoint")
+        raise ArchitectureError(
+            f"config.json: quantization method {method!r} cannot be read; expected 'gptq' or a float checkpoint"
+        )
     return quantization
 
 

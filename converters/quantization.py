@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from jgptq.config import QuantizeConfig
 from jgptq.errors import ConfigError
@@ -20,8 +20,8 @@ _FUSED = {
 """What readers that fuse linears call them: a rule that skips one must match the fused name as well."""
 
 
-def check_format(file_format: str, config: QuantizeConfig) -> None:
-    """Refuses what a file format cannot hold.
+def check_format(file_format: str, config: QuantizeConfig) -> Format:
+    """Returns the format of that name, unless it cannot hold the run's grid.
 
     Raises:
       ConfigError: an unknown format, or an asymmetric grid in GPTQ v1.
@@ -29,7 +29,9 @@ def check_format(file_format: str, config: QuantizeConfig) -> None:
     if file_format not in get_args(Format):
         raise ConfigError(f"format must be one of {', '.join(get_args(Format))}, found {file_format!r}")
     if file_format == "gptq" and not config.sym:
-        raise ConfigError("format 'gptq' (v1) stores zero - 1, so it cannot hold the zero points of asymmetric grids; use 'gptq_v2'")
+        message = "format 'gptq' (v1) stores zero - 1, so it cannot hold the zero points of asymmetric grids"
+        raise ConfigError(f"{message}; use 'gptq_v2' (--format gptq_v2)")
+    return cast(Format, file_format)
 
 
 def quantization_config(config: QuantizeConfig, file_format: str, kept_float: Iterable[str], blocks: int) -> dict[str, Any]:
@@ -72,7 +74,7 @@ def skip_rules(kept_float: Iterable[str], blocks: int) -> dict[str, dict[str, An
     for path in kept_float:
         _, index, kind = path.split(".", 2)
         where.setdefault(kind, set()).add(int(index))
-    rules = {}
+    rules: dict[str, dict[str, Any]] = {}
     for kind, indices in where.items():
         names = "|".join(re.escape(name) for name in dict.fromkeys((kind, _FUSED.get(kind, kind))))
         which = r"\d+" if len(indices) == blocks else f"(?:{'|'.join(map(str, sorted(indices)))})"

@@ -109,9 +109,9 @@ def _specs(params: Decoder, file_format: str) -> list[TensorSpec]:
         leaf = getattr(module, attribute).get_value()
         name = hf_module(path, params.config.model_type)
         if not isinstance(leaf, PackedTensor):
-            specs += float_specs(name, attribute, leaf)
+            specs += float_specs(name, attribute, leaf.shape, leaf.dtype)
         elif file_format == "float":
-            specs += float_specs(name, attribute, leaf, _expanded_dtype(params))
+            specs += float_specs(name, attribute, leaf.shape, _expanded_dtype(params))
         else:
             specs += packed_specs(name, leaf.shape, leaf.bits, leaf.group_size, np.dtype(leaf.scales.dtype))
     return specs

@@ -1,19 +1,22 @@
 """Writing safetensors shards whose layout is planned first and whose tensors come in any order.
 
-All shapes are known before a run begins, so every shard's header is written and its space reserved at the start: a disk that is too
-small is found out before the work and not after it, each tensor goes straight to its place, and a run that was stopped finds
+All shapes are known before a run begins, so every shard's header is written and its space reserved at the start: a disk that is
+too small is found out before the work and not after it, each tensor goes straight to its place, and a run that was stopped finds
 what it had written. The folder carries a temporary name until it is whole.
 """
 
 import dataclasses
 import errno
+import functools
+import itertools
 import json
 import math
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -74,7 +77,9 @@ def refuse_existing(out: Path, overwrite: bool) -> None:
       OutputError: `out` exists and may not be replaced.
     """
     if out.exists() and not overwrite:
-        raise OutputError(errno.EEXIST, f"{out} exists; choose another folder, or pass --overwrite (overwrite=True) to replace it")
+        raise OutputError(
+            errno.EEXIST, f"{out} exists; choose another folder, or pass --overwrite (overwrite=True) to replace it"
+        )
 
 
 class ShardWriter:
@@ -101,7 +106,7 @@ class ShardWriter:
             shutil.rmtree(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         for file in self._headers:
-            self._guard(file, lambda file=file: self._reserve(file))
+            self._guard(file, functools.partial(self._reserve, file))
 
     @property
     def files(self) -> list[str]:
@@ -123,14 +128,14 @@ class ShardWriter:
         if array.dtype != place.spec.dtype or array.shape != place.spec.shape:
             planned = f"{place.spec.dtype} {list(place.spec.shape)}"
             raise ValueError(f"{name}: planned as {planned}, given {array.dtype} {list(array.shape)}")
-        data = memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
-        self._guard(place.file, lambda: self._write_at(place.file, place.start, data))
+        raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        self._guard(place.file, lambda: self._write_at(place.file, place.start, raw))
 
     def sync(self) -> None:
         """Forces what was written to the disk."""
         for file in self._headers:
             with (self.folder / file).open("rb") as stream:
-                self._guard(file, lambda stream=stream: os.fsync(stream.fileno()))
+                self._guard(file, functools.partial(os.fsync, stream.fileno()))
 
     def write_text(self, name: str, text: str) -> None:
         """Writes a small file beside the shards."""
@@ -166,17 +171,16 @@ class ShardWriter:
             filled += spec.nbytes
         for number, shard in enumerate(shards, 1):
             file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            header, start = {"__metadata__": {"format": "pt"}}, 0
-            for spec in shard:
-                offsets = [start, start + spec.nbytes]
-                header[spec.name] = {"dtype": _DTYPE_NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": offsets}
-                start += spec.nbytes
+            header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+            starts = list(itertools.accumulate((spec.nbytes for spec in shard), initial=0))
+            for spec, start, stop in zip(shard, starts, starts[1:], strict=False):
+                header[spec.name] = {"dtype": _DTYPE_NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [start, stop]}
             text = json.dumps(header).encode()
             text += b" " * (-len(text) % 8)
             self._headers[file] = len(text).to_bytes(8, "little") + text
-            self._sizes[file] = len(self._headers[file]) + start
-            for spec in shard:
-                self._places[spec.name] = _Place(file, len(self._headers[file]) + header[spec.name]["data_offsets"][0], spec)
+            self._sizes[file] = len(self._headers[file]) + starts[-1]
+            for spec, start in zip(shard, starts, strict=False):
+                self._places[spec.name] = _Place(file, len(self._headers[file]) + start, spec)
 
     def _reserve(self, file: str) -> None:
         """Writes the header and claims the blocks of the whole file, so that a later write cannot run out of space."""
@@ -188,12 +192,12 @@ class ShardWriter:
             else:
                 stream.truncate(self._sizes[file])
 
-    def _write_at(self, file: str, start: int, data: memoryview) -> None:
+    def _write_at(self, file: str, start: int, raw: np.ndarray) -> None:
         with (self.folder / file).open("r+b") as stream:
             stream.seek(start)
-            stream.write(data)
+            stream.write(raw.data)
 
-    def _guard(self, file: str, action) -> None:
+    def _guard(self, file: str, action: Callable[[], object]) -> None:
         """Runs an action on a file; a full disk becomes an error that says what is needed."""
         try:
             action()

@@ -15,8 +15,8 @@ from converters.encode import float_specs, packed_specs
 from converters.load import load_block
 from converters.names import block_leaves, hf_module, leaves
 from converters.quantization import Format, check_format, quantization_config, reader_warnings
-from converters.save import encode_leaf, kept_float, write_settings
-from converters.shards import ShardWriter, TensorSpec, partial_folder, refuse_existing
+from converters.save import encode_leaf, write_settings
+from converters.shards import ShardWriter, TensorSpec, parse_size, partial_folder, refuse_existing
 from jgptq.config import QuantizeConfig
 from jgptq.errors import ConfigError, OutputError
 from jgptq.models import Block, Decoder
@@ -40,6 +40,7 @@ class FolderSink:
       calib: int32 calibration tokens `[samples, seq_len]`, which name the run; None where it uses none.
       file_format: "gptq" or "gptq_v2".
       max_shard_size: bytes in one shard.
+      batch_size: as given to the driver; the order of float32 sums depends on it, so it names the run too.
       overwrite: replace a folder that exists, and drop the rest of another run.
 
     Raises:
@@ -56,6 +57,7 @@ class FolderSink:
         *,
         file_format: Format = "gptq",
         max_shard_size: int | str = "5GB",
+        batch_size: int | None = None,
         overwrite: bool = False,
     ):
         self.out = Path(out)
@@ -66,25 +68,32 @@ class FolderSink:
         for warning in reader_warnings(config, file_format):
             warnings.warn(warning, UserWarning, stacklevel=2)
         self._params, self._config, self._format = params, config, file_format
-        run = _fingerprint(params, config, calib, file_format, max_shard_size)
-        resume = self._check_journal(run, overwrite)
-        self._writer = ShardWriter(self.out, self._specs(), max_shard_size=max_shard_size, resume=resume)
+        self._max_shard_size = parse_size(max_shard_size)
+        self._run = _fingerprint(params, config, calib, file_format, self._max_shard_size, batch_size)
         self._journal = partial_folder(self.out) / JOURNAL
-        if not resume:
-            self._append({"run": run})
+        self._resume = self._check_journal(overwrite)
+        self._opened: ShardWriter | None = None
+
+    @property
+    def _writer(self) -> ShardWriter:
+        """Reserves the space when it is first needed, so that a run that is refused leaves nothing behind."""
+        if self._opened is None:
+            self._opened = ShardWriter(self.out, self._specs(), max_shard_size=self._max_shard_size, resume=self._resume)
+            if self._resume:
+                self._drop_cut_line()
+            else:
+                self._append({"run": self._run})
+        return self._opened
 
     def done(self) -> Mapping[int, tuple[Block, tuple[LinearReport, ...]]]:
         """The blocks that are already written, as views of the mapped shards, with their report rows."""
-        lines = [json.loads(line) for line in self._journal.read_text(encoding="utf-8").splitlines()[1:]]
-        if not lines:
-            return {}
         entries: dict[str, TensorEntry] = {}
         for file in self._writer.files:
             entries |= read_header(self._writer.folder / file)
         checkpoint = Checkpoint(self._writer.folder, entries)
         names = quantization_config(self._config, self._format, (), len(self._params.layers))
         finished = {}
-        for line in lines:
+        for line in map(json.loads, self._journal.read_text(encoding="utf-8").splitlines()[1:]):
             block = load_block(line["block"], self._params.config, checkpoint, names)
             finished[line["block"]] = (block, tuple(LinearReport(**row) for row in line["rows"]))
         return finished
@@ -134,21 +143,27 @@ class FolderSink:
             if attribute == "kernel" and path in packed:
                 specs += packed_specs(name, leaf.shape, self._config.bits, self._config.group_size)
             else:
-                specs += float_specs(name, attribute, leaf)
+                specs += float_specs(name, attribute, leaf.shape, leaf.dtype)
         return specs
 
-    def _check_journal(self, run: str, overwrite: bool) -> bool:
+    def _check_journal(self, overwrite: bool) -> bool:
         """Whether there is an unfinished run to continue."""
-        journal = partial_folder(self.out) / JOURNAL
-        if not journal.exists():
+        if not self._journal.exists():
             return False
-        first = journal.read_text(encoding="utf-8").splitlines()[:1]
-        if first and json.loads(first[0]) == {"run": run}:
+        first = self._journal.read_text(encoding="utf-8").splitlines()[:1]
+        if first == [json.dumps({"run": self._run})]:
             return True
         if overwrite:
             return False
-        message = f"{journal.parent} holds an unfinished run with other settings, tokens or weights; "
-        raise OutputError(f"{message}repeat that run's command to continue it, delete the folder, or pass --overwrite (overwrite=True)")
+        message = f"{self._journal.parent} holds an unfinished run with other settings, tokens or weights; "
+        raise OutputError(
+            f"{message}repeat that run's command to continue it, delete the folder, or pass --overwrite (overwrite=True)"
+        )
+
+    def _drop_cut_line(self) -> None:
+        """A last line that a stop cut short is a block that was not finished."""
+        text = self._journal.read_text(encoding="utf-8")
+        self._journal.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
 
     def _append(self, line: dict) -> None:
         with self._journal.open("a", encoding="utf-8") as stream:
@@ -167,5 +182,3 @@ def _fingerprint(params: Decoder, config: QuantizeConfig, calib: np.ndarray | No
         for path in sorted(Path(params.origin.folder).glob("*.safetensors")):
             digest.update(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}".encode())
     return digest.hexdigest()
-
-

@@ -21,7 +21,6 @@ FEW_SAMPLES = 128  # fewer rows than this estimate a Hessian poorly
 _FIELDS = ("text", "content")
 _ENDINGS = (".txt", ".jsonl", ".parquet", ".npy")
 _BATCH = 64  # documents tokenized at a time
-_MAX_ID = 2**31 - 1
 _Part = Literal["calibration", "evaluation"]
 _SPLITS: dict[_Part, tuple[str, str]] = {"calibration": ("train", "validation"), "evaluation": ("test", "validation")}
 
@@ -37,18 +36,20 @@ class Preset:
     data_files: Mapping[str, str] = dataclasses.field(default_factory=dict)  # split -> the one file of it to fetch; empty: all
     field: str = "text"  # the column of text
     joiner: str = "\n\n"  # between rows that are joined to one text
-    document_start: str | None = None  # matches a row that begins a document; None: every row is a document
+    document_start: str | None = None  # splits the joined rows into documents; None: every row is one
 
 
 PRESETS: Mapping[str, Preset] = {
-    "wikitext": Preset(path="Salesforce/wikitext", config="wikitext-2-raw-v1", document_start=r" = [^=].* = ?\n?"),
+    "wikitext": Preset(path="Salesforce/wikitext", config="wikitext-2-raw-v1", document_start=r"(?m)^(?= = [^=\n].* = ?$)"),
     "c4": Preset(
         path="allenai/c4",
         evaluation="validation[:1100]",
         data_files={"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"},
         joiner=" ",
     ),
-    "code": Preset(path="codeparrot/codeparrot-clean-valid", calibration="train[:-512]", evaluation="train[-512:]", field="content"),
+    "code": Preset(
+        path="codeparrot/codeparrot-clean-valid", calibration="train[:-512]", evaluation="train[-512:]", field="content"
+    ),
     "medical": Preset(
         path="ccdv/pubmed-summarization",
         evaluation="test[:256]",
@@ -71,26 +72,26 @@ def calibration_tokens(
 ) -> Int[np.ndarray, "b S"]:
     """Rows of token ids to calibrate on, drawn by seed.
 
-    Documents are tokenized one by one with the tokenizer's defaults (each begins with whatever special tokens those add), in an order
-    drawn by `seed`, until twice the tokens asked for are there, and concatenated to one stream. The rows are windows of the stream:
-    without overlap, at a random phase, in random order. Ids given as `[T]` are such a stream; of ids given as `[M, L]` random rows are
-    cut to their first `seq_len`. A source that is too short for all rows gives those it has.
+    Documents are tokenized one by one, with whatever special tokens the tokenizer adds by default, in an order drawn by `seed`
+    until there are twice the tokens asked for, and concatenated to one stream. The rows are windows of it, without overlap, at a
+    random phase, in random order. Ids given as `[T]` are such a stream; of ids given as `[M, L]` random rows are cut to
+    `seq_len`.
 
     Args:
-      source: the name of a preset (`PRESETS`); a dataset "owner/name" or "owner/name:config" with a column text or content, of which
-        the split train, else validation, is read; a path: .txt (one document), .jsonl or .parquet (a field text or content), .npy of
-        ids; a list of documents; or integer ids `[T]` or `[M, L]`, L >= seq_len.
-      tokenizer: folder or hub id of a tokenizer, or an object that is called, or else has `encode`, like one of transformers; None
-        will do where `source` holds ids.
+      source: the name of a preset (`PRESETS`); a dataset "owner/name" or "owner/name:config" with a column text or content, of
+        which the split train, else validation, is read (all are downloaded); a path: .txt (one document), .jsonl or .parquet (a
+        field text or content), .npy (ids); a list of documents; or integer ids `[T]` or `[M, L]`, L >= seq_len.
+      tokenizer: folder or hub id of a tokenizer, or an object that is called, or else has `encode`, like one of transformers; not
+        needed for ids.
       samples: rows wanted.
       seq_len: tokens in a row.
       seed: of all random choices.
 
     Returns:
-      int32 `[samples, seq_len]`, or fewer rows; fewer than 128 come with a UserWarning.
+      int32 `[samples, seq_len]`, or as many rows as there are; fewer than 128 come with a UserWarning.
 
     Raises:
-      CalibrationError: the source is unknown, missing, unreadable, without tokens or shorter than a row, or there is no tokenizer.
+      CalibrationError: the source is unknown, missing, unreadable, empty or shorter than a row, or there is no tokenizer.
     """
     if samples < 1 or seq_len < 1:
         raise CalibrationError(f"expected samples and seq_len of at least 1, found samples={samples}, seq_len={seq_len}")
@@ -99,22 +100,20 @@ def calibration_tokens(
         # Twice what is needed: the rows are then a random half, and not the whole, of each document.
         found = _stream(found, _encoder(tokenizer, name), 2 * samples * seq_len, rng, name)
     rows = _rows(found, samples, seq_len, rng, name)
-    logging.getLogger("jgptq").info("%s: %d of %d rows, %d calibration tokens", name, len(rows), samples, rows.size)
+    summary = f"{name}: calibrating on {len(rows)} of {samples} rows of {seq_len} tokens, {rows.size} tokens in all"
+    logging.getLogger("jgptq").info(summary)
     if len(rows) < FEW_SAMPLES:
-        message = (
-            f"{name}: calibrating on {len(rows)} rows of {seq_len} tokens ({rows.size} tokens), fewer than {FEW_SAMPLES} rows: the"
-            " Hessians will be poor estimates; ask for more samples, give more text, or lower seq_len"
-        )
-        warnings.warn(message, UserWarning, stacklevel=2)
+        advice = f"with fewer than {FEW_SAMPLES} rows Hessians are poor estimates: ask for more, give more text or lower seq_len"
+        warnings.warn(f"{summary}; {advice}", UserWarning, stacklevel=2)
     return rows
 
 
 def evaluation_tokens(source: Source, tokenizer: Any = None) -> Int[np.ndarray, " T"]:
     """One stream of token ids to measure perplexity on.
 
-    As in the GPTQ literature, rows of text are joined by a blank line (c4: by a space), blank rows included, and tokenized as one text
-    with the tokenizer's defaults: special tokens stand once, where the text begins. Of c4 these are the first 1,100 documents of the
-    validation split; the literature measures on their first 256 * 2048 tokens.
+    As in the GPTQ literature, the rows of text, blank ones too, are joined by a blank line (c4: by a space) and tokenized as one
+    text with the tokenizer's defaults: special tokens stand once, where the text begins. Of c4 these are the first 1,100
+    documents of the split validation; the literature measures on their first 256 * 2048 tokens.
 
     Args:
       source: as for `calibration_tokens`, but of a dataset the split test, else validation; rows of ids are put end to end.
@@ -130,10 +129,12 @@ def evaluation_tokens(source: Source, tokenizer: Any = None) -> Int[np.ndarray, 
     if not isinstance(found, _Text):
         return np.array(found, np.int32).reshape(-1)
     encode = _encoder(tokenizer, name)
-    joined = found.joiner.join(_texts(found.read(), name))
-    if not joined.strip():
-        raise CalibrationError(f"{name}: no tokens at all; expected rows of text, found none but blank ones")
-    return np.asarray(encode([joined])[0], np.int32)
+    rows = _texts(found.read(), name)
+    joined = found.joiner.join(rows)
+    ids = np.asarray(encode([joined])[0] if joined.strip() else [], np.int32)
+    if ids.size == 0:
+        raise CalibrationError(f"{name}: no tokens at all; expected text, found {len(rows)} rows, all blank")
+    return ids
 
 
 def check_tokens(tokens: Int[Array, "..."], vocab_size: int, name: str) -> None:
@@ -153,8 +154,8 @@ def check_tokens(tokens: Int[Array, "..."], vocab_size: int, name: str) -> None:
     outside = int(np.count_nonzero((ids < 0) | (ids >= vocab_size)))
     if outside:
         raise CalibrationError(
-            f"{name}: expected ids in [0, {vocab_size}), the model's vocabulary; found {outside} of {ids.size} outside it, ids being"
-            f" {ids.min()} to {ids.max()}; is the tokenizer another model's? use the one in the model's own folder"
+            f"{name}: expected ids in [0, {vocab_size}), the model's vocabulary; found {outside} of {ids.size} outside it, ids"
+            f" being {ids.min()} to {ids.max()}; is the tokenizer another model's? use the one in the model's own folder"
         )
 
 
@@ -168,22 +169,25 @@ def _resolve(source: Source, part: _Part) -> np.ndarray | _Text:
     """What a source is, by its name and type; ids are read (and checked) at once, text is not."""
     if isinstance(source, Array):
         return _checked(np.asarray(source), _name(source))
-    if not isinstance(source, str | Path):
+    if isinstance(source, Sequence) and not isinstance(source, str):
         return _Text(read=lambda: source)
-    if preset := PRESETS.get(str(source)):
+    if isinstance(source, str) and (preset := PRESETS.get(source)):
         return _Text(read=lambda: _preset_rows(preset, part), joiner=preset.joiner, document_start=preset.document_start)
-    path = Path(source)
-    if path.suffix in _ENDINGS or path.is_file():
-        if not path.is_file() or path.suffix not in _ENDINGS:
-            found = "another" if path.is_file() else "no file"
-            raise CalibrationError(f"{path}: expected an existing file ending in {', '.join(_ENDINGS)}, found {found}; check the path")
-        return _checked(_read(path), str(path)) if path.suffix == ".npy" else _Text(read=lambda: _read(path))
-    if re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", name := str(source)):
-        return _Text(read=lambda: _hub_rows(name, part))
+    if isinstance(source, Path) or (isinstance(source, str) and (Path(source).suffix in _ENDINGS or Path(source).is_file())):
+        return _resolve_file(Path(source))
+    if isinstance(source, str) and re.fullmatch(r"[\w.-]+/[\w.-]+(:.+)?", source):
+        return _Text(read=lambda: _hub_rows(source, part))
     raise CalibrationError(
-        f"unknown source {name!r}; expected a preset ({', '.join(PRESETS)}), a dataset 'owner/name' or 'owner/name:config', a path"
-        f" ending in {', '.join(_ENDINGS)}, a list of documents or an array of ids"
+        f"unknown source {source!r}; expected a preset ({', '.join(PRESETS)}), a dataset 'owner/name' or 'owner/name:config', a"
+        f" path ending in {', '.join(_ENDINGS)}, a list of documents or an array of ids"
     )
+
+
+def _resolve_file(path: Path) -> np.ndarray | _Text:
+    if path.suffix not in _ENDINGS or not path.is_file():
+        found = f"the ending {path.suffix!r}" if path.is_file() else "no such file"
+        raise CalibrationError(f"{path}: expected a file ending in {', '.join(_ENDINGS)}, found {found}; check the path")
+    return _checked(_read(path), str(path)) if path.suffix == ".npy" else _Text(read=lambda: _read(path))
 
 
 def _loaded(what: str, advice: str, load: Callable[[], Any]) -> Any:
@@ -217,9 +221,7 @@ def _json_text(line: str, where: str) -> str:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise CalibrationError(f"{where}: expected one JSON object, found: {error}; write one object a line") from error
-    if not isinstance(record, dict):
-        raise CalibrationError(f"{where}: expected a JSON object, found {type(record).__name__}; write one object a line")
-    return record[_text_column(record, where)]
+    return record[_text_column(record if isinstance(record, dict) else (), where)]
 
 
 def _text_column(columns: Iterable[str], where: str) -> str:
@@ -227,7 +229,7 @@ def _text_column(columns: Iterable[str], where: str) -> str:
     for field in _FIELDS:
         if field in found:
             return field
-    raise CalibrationError(f"{where}: expected a field {' or '.join(_FIELDS)}, found {found}; rename one, or pass a list of documents")
+    raise CalibrationError(f"{where}: expected a field {' or '.join(_FIELDS)}, found {found}; rename one or pass a list of texts")
 
 
 def _preset_rows(preset: Preset, part: _Part) -> Sequence[Any]:
@@ -246,7 +248,7 @@ def _hub_rows(source: str, part: _Part) -> Sequence[Any]:
     for split in _SPLITS[part]:
         if split in splits:
             return splits[split][_text_column(splits[split].column_names, source)]
-    raise CalibrationError(f"{source}: expected a split {' or '.join(_SPLITS[part])}, found {list(splits)}; pass a list of documents")
+    raise CalibrationError(f"{source}: expected a split {' or '.join(_SPLITS[part])}, found {list(splits)}; pass a list of texts")
 
 
 def _fetch(path: str, config: str | None, **options: Any) -> Any:
@@ -266,8 +268,9 @@ def _encoder(tokenizer: Any, name: str) -> Callable[[list[str]], list[list[int]]
         folder, advice = str(tokenizer), "pass a folder that holds a tokenizer.json and a tokenizer_config.json"
         load = transformers.AutoTokenizer.from_pretrained
         tokenizer = _loaded(f"tokenizer {folder!r}", advice, lambda: load(folder, trust_remote_code=False, use_fast=True))
+    call: Callable[..., Any] = tokenizer
     if callable(tokenizer):
-        return lambda texts: tokenizer(texts, padding=False, truncation=False, verbose=False)["input_ids"]
+        return lambda texts: call(texts, padding=False, truncation=False, verbose=False)["input_ids"]
     # A tokenizer of the `tokenizers` library encodes to an object that has the ids.
     return lambda texts: [getattr(encoded, "ids", encoded) for encoded in map(tokenizer.encode, texts)]
 
@@ -281,24 +284,13 @@ def _texts(rows: Iterable[Any], name: str) -> list[str]:
     return texts
 
 
-def _grouped(text: _Text, name: str) -> Sequence[Any]:
-    """The documents of a text; rows are read only when used, unless a document has many."""
-    rows = text.read()
-    if text.document_start is None:
-        return rows
-    groups: list[list[str]] = [[]]
-    for row in _texts(rows, name):
-        if re.fullmatch(text.document_start, row):
-            groups.append([])
-        groups[-1].append(row)
-    return [text.joiner.join(group) for group in groups]
-
-
 def _stream(
     text: _Text, encode: Callable[[list[str]], list[list[int]]], wanted: int, rng: np.random.Generator, name: str
 ) -> Int[np.ndarray, " T"]:
     """Ids of whole documents in random order, at least `wanted` or all there are."""
-    documents = _grouped(text, name)
+    documents = text.read()
+    if text.document_start is not None:
+        documents = re.split(text.document_start, text.joiner.join(_texts(documents, name)))
     order = rng.permutation(len(documents))
     pieces: list[list[int]] = []
     total = 0
@@ -309,18 +301,18 @@ def _stream(
         pieces += encoded
         total += sum(map(len, encoded))
     if not total:
-        raise CalibrationError(f"{name}: no tokens at all; expected text, found {len(documents)} documents, none with a token")
+        raise CalibrationError(f"{name}: no tokens at all; expected text, found {len(documents)} documents, all blank")
     return np.fromiter(itertools.chain.from_iterable(pieces), np.int32, total)
 
 
 def _checked(ids: np.ndarray, name: str) -> np.ndarray:
     if not np.issubdtype(ids.dtype, np.integer) or ids.ndim not in (1, 2):
-        raise CalibrationError(f"{name}: expected integer ids [T] or [M, L], found {ids.dtype} {list(ids.shape)}; reshape or convert")
+        raise CalibrationError(f"{name}: expected integer ids [T] or [M, L], found {ids.dtype} {list(ids.shape)}; convert them")
     if ids.size == 0:
         raise CalibrationError(f"{name}: no tokens at all; expected ids [T] or [M, L], found {list(ids.shape)}")
     low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high > _MAX_ID:
-        raise CalibrationError(f"{name}: expected ids from 0 to {_MAX_ID}, found {low} to {high}; take out padding and label masks")
+    if low < 0 or high >= 2**31:
+        raise CalibrationError(f"{name}: expected ids in [0, 2^31), found {low} to {high}; take out padding and masks")
     return ids
 
 
@@ -330,8 +322,8 @@ def _rows(ids: np.ndarray, samples: int, seq_len: int, rng: np.random.Generator,
         unit = "tokens" if ids.ndim == 1 else "tokens in a row"
         raise CalibrationError(f"{name}: expected at least seq_len={seq_len} {unit}, found {length}; lower seq_len or give more")
     if ids.ndim == 1:
-        # The bound on the phase: it never costs a row that was asked for.
-        phase = int(rng.integers(min(length - min(length // seq_len, samples) * seq_len, seq_len - 1) + 1))
+        kept = min(length // seq_len, samples) * seq_len
+        phase = int(rng.integers(min(length - kept, seq_len - 1) + 1))  # never costs a row that was asked for
         count = (length - phase) // seq_len
         ids = ids[phase : phase + count * seq_len].reshape(count, seq_len)
     return np.array(ids[rng.permutation(len(ids))[:samples], :seq_len], np.int32)

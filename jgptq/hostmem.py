@@ -23,15 +23,15 @@ def to_device(tree: Tree) -> Tree:
 
 
 def _leaf_to_device(leaf: jax.Array | np.ndarray) -> jax.Array:
-    mapped = isinstance(leaf, np.memmap)
+    if not isinstance(leaf, np.memmap):
+        return jnp.asarray(leaf)
     # jax may borrow an aligned host buffer; a mapped file must be copied, for its pages are about to go.
-    device = jnp.asarray(np.array(leaf, copy=True, order="C") if mapped else leaf)
-    if mapped:
-        release(leaf)
+    device = jnp.asarray(np.array(leaf, copy=True, order="C"))
+    release(leaf)
     return device
 
 
-def release(leaf: np.ndarray) -> None:
+def release(leaf: np.memmap) -> None:
     """Tells the system that the pages under a view of a mapped file are not needed now; reading it again maps them anew."""
     mapping: mmap.mmap | None = getattr(leaf, "_mmap", None)
     if mapping is None or leaf.size == 0 or not hasattr(mapping, "madvise"):

@@ -40,9 +40,9 @@ def perplexity(params: Decoder, tokens: Int[Array, " T"], seq_len: int = 2048, s
 def score(params: Decoder, tokens: Int[Array, " T"], seq_len: int = 2048, stride: int | None = None) -> Score:
     """Sums the negative log-likelihood of a stream over windows.
 
-    Without a stride the windows do not overlap, the first token of each is not predicted and an incomplete last window is dropped: the
-    figure of the GPTQ literature. With one, each window begins `stride` tokens after the one before and only the tokens that no
-    window has predicted yet count, with all the window before them as context; the last window may be shorter.
+    Without a stride the windows do not overlap, the first token of each is not predicted and an incomplete last window is
+    dropped: the figure of the GPTQ literature. With one, each window begins `stride` tokens after the one before and only the
+    tokens that no window has predicted yet count, with all the window before them as context; the last window may be shorter.
 
     Args:
       params: the decoder, float or quantized.
@@ -64,7 +64,9 @@ def score(params: Decoder, tokens: Int[Array, " T"], seq_len: int = 2048, stride
     if seq_len < 2 or (stride is not None and not 1 <= stride <= seq_len):
         raise CalibrationError(f"seq_len must be at least 2 and stride 1 to seq_len, found seq_len {seq_len}, stride {stride}")
     if len(stream) < (seq_len if stride is None else 2):
-        raise CalibrationError(f"{len(stream)} evaluation tokens do not fill a window of {seq_len}; give more text, or a smaller seq_len")
+        raise CalibrationError(
+            f"{len(stream)} evaluation tokens do not fill a window of {seq_len}; give more text, or a smaller seq_len"
+        )
     device = to_device(params)
     rows = max(1, BATCH_TOKENS // seq_len)
     nll, count = 0.0, 0
@@ -120,7 +122,8 @@ def _windows(stream: np.ndarray, seq_len: int, stride: int | None) -> Iterator[t
 
 
 def _batched(windows: Iterator[tuple[np.ndarray, int]], rows: int, seq_len: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Batches `[rows, seq_len]` of tokens and of which positions count; padding is at the end, where causal attention ignores it."""
+    """Batches `[rows, seq_len]` of tokens and of which positions count; padding is at the end, where causal attention ignores
+    it."""
     tokens, counted, filled = np.zeros((rows, seq_len), np.int32), np.zeros((rows, seq_len), np.float32), 0
     for window, first in windows:
         tokens[filled, : len(window)] = window

@@ -43,7 +43,7 @@ def plan_decoder(params: Decoder, config: QuantizeConfig) -> list[tuple[StagePla
       ConfigError: a linear that would be packed has a K that the group size does not divide, or no linear can be packed.
     """
     plans = [plan_block(block) for block in params.layers]
-    sizes = {}
+    sizes: dict[int, str] = {}
     for index, (block, plan) in enumerate(zip(params.layers, plans, strict=True)):
         for stage, decision in zip(block.stages(), plan, strict=True):
             if decision.kept_float is None:
@@ -54,5 +54,7 @@ def plan_decoder(params: Decoder, config: QuantizeConfig) -> list[tuple[StagePla
     unfit = [f"{path} has K={k}" for k, path in sizes.items() if k % group_rows(k, config.group_size)]
     if unfit:
         fitting = ", ".join(str(size) for size in fitting_group_sizes(list(sizes)))
-        raise ConfigError(f"group_size {config.group_size} does not divide K: {'; '.join(unfit)}. Sizes that fit every linear: {fitting}")
+        raise ConfigError(
+            f"group_size {config.group_size} does not divide K: {'; '.join(unfit)}. Sizes that fit every linear: {fitting}"
+        )
     return plans

@@ -1,8 +1,8 @@
 """The main job: block by block, stage by stage, one matmul pass with quantized inputs.
 
-For every stage of a block: the Hessian of what its linears read is summed over the calibration batches, all of them are solved on it, and the
-batches move on through the quantized linears. So each layer is calibrated on what the layers before it really produce, every Hessian is
-made once for all linears that share it, and one block is on the device at a time.
+For every stage of a block: the Hessian of what its linears read is summed over the calibration batches, all of them are solved on
+it, and the batches move on through the quantized linears. So each layer is calibrated on what the layers before it really
+produce, every Hessian is made once for all linears that share it, and one block is on the device at a time.
 """
 
 import dataclasses
@@ -66,6 +66,7 @@ def quantize(
     params: Decoder,
     calib: Int[Array, "samples S"] | None = None,
     *,
+    config: QuantizeConfig | None = None,
     batch_size: int | None = None,
     sink: Sink | None = None,
     progress: bool | None = None,
@@ -73,12 +74,13 @@ def quantize(
 ) -> tuple[Decoder, Report]:
     """Quantizes every linear of a decoder's blocks.
 
-    Minimizes `tr((W - Q)^T H (W - Q))` linear by linear with `H = 2/T sum_t h_t h_t^T`, where h is what the linear reads when all layers before it are
-    quantized already (GPTQ, Frantar et al. 2022, with true-sequential inputs).
+    Minimizes `tr((W - Q)^T H (W - Q))` linear by linear with `H = 2/T sum_t h_t h_t^T`, where h is what the linear reads when all
+    layers before it are quantized already (GPTQ, Frantar et al. 2022, with true-sequential inputs).
 
     Args:
       params: the decoder; leaves may be views of a mapped file, a block is read when its turn comes.
       calib: int32 token ids `[samples, seq_len]`; may be None for method "rtn", whose losses are then not measured.
+      config: the settings as one object, instead of keywords.
       batch_size: samples that are run at once; by default about 4096 tokens' worth.
       sink: where blocks go when they are finished; by default host memory. Blocks that it holds already are not solved again.
       progress: whether to draw a progress bar; by default only on a terminal.
@@ -92,7 +94,9 @@ def quantize(
       CalibrationError: tokens that are missing, empty, or outside the vocabulary.
       NumericalError: NaN or infinity in weights or activations, or a Hessian that cannot be factored; names the layer.
     """
-    config = make_config(settings)
+    if config is not None and settings:
+        raise ConfigError(f"give config, or the settings {', '.join(settings)}, and not both")
+    config = make_config(settings) if config is None else config
     plans = plan_decoder(params, config)
     if params.quantization is not None:
         raise ConfigError("the decoder is quantized already; start from the float checkpoint")
@@ -112,9 +116,7 @@ def quantize(
             packed, rows = _quantize_block(index, block, plan, carries, last, config, bar)
             sink.write(index, packed, rows)
     blocks = [sink.done()[index] for index in range(len(plans))]
-    report = Report(
-        config=config, rows=tuple(row for _, rows in blocks for row in rows), seconds=time.monotonic() - started
-    )
+    report = Report(config=config, rows=tuple(row for _, rows in blocks for row in rows), seconds=time.monotonic() - started)
     return _assemble(params, [block for block, _ in blocks], config), report
 
 
@@ -186,7 +188,10 @@ def _quantize_block(
         bar.describe(f"layers.{index} {' '.join(name.rpartition('.')[2] for name in stage.names)}")
         prefix = f"layers.{index}."
         if decision.kept_float is not None:
-            rows += [_kept_row(prefix + name, linear, decision.kept_float) for name, linear in zip(stage.names, stage.linears, strict=True)]
+            rows += [
+                _kept_row(prefix + name, linear, decision.kept_float)
+                for name, linear in zip(stage.names, stage.linears, strict=True)
+            ]
         else:
             solved, stage_rows = _solve_stage(prefix, work, number, stage, carries, config)
             rows += stage_rows
@@ -229,7 +234,8 @@ def _solve_stage(
 def _solve_checked(
     prefix: str, stage: Stage, wide: Float[Array, "K N"], h_kk: Float[Array, "K K"], config: QuantizeConfig
 ) -> tuple[Solution, str]:
-    """A usable solution and what there is to say of it: a failed solve is an error, unless the caller allowed rounding instead."""
+    """A usable solution and what there is to say of it: a failed solve is an error, unless the caller allowed rounding
+    instead."""
     solution = solve(jnp.asarray(wide), jnp.asarray(h_kk), config)
     outcome = Outcome(int(solution.outcome))
     rescuable = outcome in (Outcome.ZERO_HESSIAN, Outcome.NOT_FACTORED)
@@ -246,7 +252,9 @@ def _checked(prefix: str, stage: Stage, solution: Solution) -> Solution:
     names = [prefix + name for name in stage.names]
     if outcome is Outcome.NONFINITE_WEIGHTS:
         kernels = [linear.kernel.get_value() for linear in stage.linears]
-        names = [name for name, kernel in zip(names, kernels, strict=True) if not bool(jnp.all(jnp.isfinite(jnp.asarray(kernel))))]
+        names = [
+            name for name, kernel in zip(names, kernels, strict=True) if not bool(jnp.all(jnp.isfinite(jnp.asarray(kernel))))
+        ]
     advice = ""
     if outcome in (Outcome.ZERO_HESSIAN, Outcome.NOT_FACTORED):
         advice = " To round such linears to nearest and go on, pass allow_rtn_fallback=True (--allow-rtn-fallback)."
@@ -268,7 +276,16 @@ def _row(name: str, part: Solution, note: str, tokens: int, seconds: float) -> L
     outcome = Outcome(int(part.outcome)).name
     damping = float(part.damping) if tokens else None
     return LinearReport(
-        name=name, k=k, n=n, outcome=outcome, note=note, loss=loss, rtn_loss=rtn_loss, damping=damping, tokens=tokens, seconds=seconds
+        name=name,
+        k=k,
+        n=n,
+        outcome=outcome,
+        note=note,
+        loss=loss,
+        rtn_loss=rtn_loss,
+        damping=damping,
+        tokens=tokens,
+        seconds=seconds,
     )
 
 

@@ -17,7 +17,8 @@ def dequantize(
     group_size: int,
     order: jax.Array | None = None,
 ) -> jax.Array:
-    """Expands a packed kernel: `w[k, n] = scales[g(k), n] * (code[k, n] - zero[g(k), n])`, with g(k) = order[k] or k // group_size.
+    """Expands a packed kernel: `w[k, n] = scales[g(k), n] * (code[k, n] - zero[g(k), n])`, with g(k) = order[k] or k //
+    group_size.
 
     Args:
       qweight: int32 `[K*bits/32, N]`, codes packed along K.
@@ -33,10 +34,8 @@ def dequantize(
     codes_kn = unpack_codes(qweight, bits)
     k, n = codes_kn.shape
     scale_gn = scales.astype(jnp.float32)
-    if zeros is None:
-        zero_gn = jnp.full(scale_gn.shape, 2 ** (bits - 1), jnp.int32)
-    else:
-        zero_gn = unpack_codes(zeros.T, bits).T
+    middle = jnp.full(scale_gn.shape, 2 ** (bits - 1), jnp.int32)
+    zero_gn = middle if zeros is None else unpack_codes(zeros.T, bits).T
     if order is None:
         grouped = codes_kn.reshape(-1, group_size, n) - zero_gn[:, None, :]
         return (grouped.astype(jnp.float32) * scale_gn[:, None, :]).reshape(k, n)

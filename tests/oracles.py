@@ -31,8 +31,8 @@ def round_to_nearest(w_kn: np.ndarray, bits: int, rows: int, sym: bool) -> np.nd
 def obq_fixed_order(w_kn: np.ndarray, h_kk: np.ndarray, bits: int, rows: int, sym: bool, damping: float) -> np.ndarray:
     """Optimal Brain Quantization (arXiv 2208.11580) in the order of the rows: one weight at a time, with an explicit inverse.
 
-    After row k is quantized with error e, every later row moves by `-e Hinv[k, j] / Hinv[k, k]`, and row and column k are eliminated
-    from the inverse (equation 3). The grid of a group is set when its first row's turn comes.
+    After row k is quantized with error e, every later row moves by `-e Hinv[k, j] / Hinv[k, k]`, and row and column k are
+    eliminated from the inverse (equation 3). The grid of a group is set when its first row's turn comes.
     """
     w = w_kn.astype(np.float64).copy()
     h = h_kk + damping * np.mean(np.diag(h_kk)) * np.eye(len(h_kk))

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from jgptq.models.config import ModelConfig
@@ -18,7 +17,9 @@ class Carry(NamedTuple):
     """What flows from stage to stage."""
 
     residual: Float[jax.Array, "b S D"]  # the residual stream
-    branch: Float[jax.Array, "b S K"] | None = None  # what the next stage's linears read, where they do not read the stream's norm
+    branch: Float[jax.Array, "b S K"] | None = (
+        None  # what the next stage's linears read, where they do not read the stream's norm
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Stage:
     combine: Callable[[Carry, list[jax.Array]], Carry]  # what follows them
 
     def __call__(self, carry: Carry) -> Carry:
+        """Runs the stage."""
         h = self.inputs(carry)
         return self.combine(carry, [linear(h) for linear in self.linears])
 
@@ -148,6 +150,7 @@ class Block(nnx.Module):
         )
 
     def __call__(self, residual: Float[jax.Array, "b S D"]) -> Float[jax.Array, "b S D"]:
+        """Runs all stages on a residual stream."""
         carry = Carry(residual)
         for stage in self.stages():
             carry = stage(carry)

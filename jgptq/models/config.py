@@ -27,7 +27,7 @@ class ModelConfig:
     head_dim: int  # F
     hidden_act: str = "silu"  # activation of the gate
     rms_norm_eps: float = 1e-6  # added to the mean square
-    rope: RopeConfig = RopeConfig()  # rotary embedding
+    rope: RopeConfig = dataclasses.field(default_factory=RopeConfig)  # rotary embedding
     tie_word_embeddings: bool = False  # the output projection is the embedding
     qkv_bias: bool = False  # biases on q, k, v
     o_bias: bool = False  # bias on the attention's output projection
@@ -91,7 +91,7 @@ def config_from_hf(hf: Mapping[str, Any], dtype: str = "auto") -> ModelConfig:
     derived = 128 if model_type == "qwen3" else hf["hidden_size"] // heads
     head_dim = hf.get("head_dim") or derived
     kv_default = {"mistral": 8, "qwen2": 32, "qwen3": 32}.get(model_type, heads)
-    kv_heads = hf["num_key_value_heads"] if "num_key_value_heads" in hf else kv_default
+    kv_heads = hf.get("num_key_value_heads", kv_default)
     kv_heads = heads if kv_heads is None else kv_heads
     if heads % kv_heads:
         raise CheckpointError(f"config.json: {heads} attention heads cannot share {kv_heads} key-value heads")
@@ -128,7 +128,12 @@ def config_to_hf(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
       config: the decoder's switches.
       dtype: dtype of the stored tensors, for `torch_dtype`.
     """
-    classes = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+    classes = {
+        "llama": "LlamaForCausalLM",
+        "mistral": "MistralForCausalLM",
+        "qwen2": "Qwen2ForCausalLM",
+        "qwen3": "Qwen3ForCausalLM",
+    }
     fields = dataclasses.asdict(config)
     windows = {window for window in fields.pop("layer_windows") if window is not None}
     for derived in ("rope", "qkv_bias", "o_bias", "qk_norm", "dtype"):

@@ -24,7 +24,8 @@ class Origin:
 class Decoder(nnx.Module):
     """A causal language model of the Llama family.
 
-    Called on int32 tokens `[b, S]` it returns float32 logits `[b, S, V]`. Leaves may be views of a mapped file, of any float dtype:
+    Called on int32 tokens `[b, S]` it returns float32 logits `[b, S, V]`. Leaves may be views of a mapped file, of any float
+    dtype:
     they are cast to `config.dtype` where they are used.
 
     Args:
@@ -60,6 +61,7 @@ class Decoder(nnx.Module):
         return self.lm_head(h).astype(jnp.float32)
 
     def __call__(self, tokens: Int[jax.Array, "b S"]) -> Float[jax.Array, "b S V"]:
+        """Float32 logits of every position."""
         residual = self.embed(tokens)
         for block in self.layers:
             residual = block(residual)

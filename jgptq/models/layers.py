@@ -23,6 +23,7 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((n,), jnp.float32)) if use_bias else None
 
     def __call__(self, h: Float[jax.Array, "*batch K"]) -> Float[jax.Array, "*batch N"]:
+        """`h @ kernel + bias`, in the dtype of `h`."""
         kernel = self.kernel.get_value()
         if isinstance(kernel, PackedTensor):
             y = kernel.matmul(h)
@@ -47,6 +48,7 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, h: Float[jax.Array, "*batch D"]) -> Float[jax.Array, "*batch D"]:
+        """The normed activations, in their own dtype."""
         wide = h.astype(jnp.float32)
         normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
         scale = jnp.asarray(self.scale.get_value(), h.dtype)
@@ -66,6 +68,7 @@ class Embedding(nnx.Module):
         self.embedding: nnx.Param = nnx.Param(jax.random.normal(rngs.params(), (vocab_size, width), jnp.float32) * 0.02)
 
     def __call__(self, tokens: Int[jax.Array, "b S"], dtype: jnp.dtype) -> Float[jax.Array, "b S D"]:
+        """The vectors of tokens, in a dtype."""
         return jnp.asarray(self.embedding.get_value())[tokens].astype(dtype)
 
     def attend(self, h: Float[jax.Array, "b S D"]) -> Float[jax.Array, "b S V"]:

@@ -110,7 +110,9 @@ def rotary_tables(rope: RopeConfig, head_dim: int, length: int) -> tuple[Float[j
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
-def rotate(x: Float[jax.Array, "b S H F"], cos: Float[jax.Array, "S F"], sin: Float[jax.Array, "S F"]) -> Float[jax.Array, "b S H F"]:
+def rotate(
+    x: Float[jax.Array, "b S H F"], cos: Float[jax.Array, "S F"], sin: Float[jax.Array, "S F"]
+) -> Float[jax.Array, "b S H F"]:
     """Rotates pairs (f, f + F/2) of features by the tables' angles, in the dtype of `x` as the reference models do."""
     half = x.shape[-1] // 2
     turned = jnp.concatenate([-x[..., half:], x[..., :half]], axis=-1)

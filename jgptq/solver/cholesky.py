@@ -22,8 +22,9 @@ class Factor(NamedTuple):
 def inverse_factor(h_kk: Float[jax.Array, "K K"]) -> Float[jax.Array, "K K"]:
     """Factors the inverse of a positive definite matrix as `H^-1 = U^T U`.
 
-    With P the reversal of rows, `P H P = L L^T` gives `H = R R^T` for the upper triangular `R = P L P`, so `U = R^-1`: one Cholesky
-    factorization and one triangular solve, where the textbook route (invert, then factor) takes two factorizations and an inverse.
+    With P the reversal of rows, `P H P = L L^T` gives `H = R R^T` for the upper triangular `R = P L P`, so `U = R^-1`: one
+    Cholesky factorization and one triangular solve, where the textbook route (invert, then factor) takes two factorizations and
+    an inverse.
 
     Args:
       h_kk: float32 `[K, K]`, symmetric.
@@ -39,8 +40,8 @@ def inverse_factor(h_kk: Float[jax.Array, "K K"]) -> Float[jax.Array, "K K"]:
 def damped_inverse_factor(h_kk: Float[jax.Array, "K K"], damping: float) -> Factor:
     """Factors `(H + lambda mean(diag H) I)^-1`, raising lambda until the factor is finite.
 
-    Rows of K that no token touched (a zero on the diagonal) get the mean of the others on their diagonal, so that they neither give nor
-    take any compensation. Lambda starts at `damping` and is multiplied by 10 up to at most 10; all inside jit.
+    Rows of K that no token touched (a zero on the diagonal) get the mean of the others on their diagonal, so that they neither
+    give nor take any compensation. Lambda starts at `damping` and is multiplied by 10 up to at most 10; all inside jit.
 
     Args:
       h_kk: float32 `[K, K]`, symmetric, finite.

@@ -19,8 +19,8 @@ def minmax_grid(w_rn: Float[jax.Array, "*groups R N"], bits: int, sym: bool) -> 
     """The smallest grid that covers the rows of a group.
 
     Symmetric: `scale = 2 max|w| / (2^bits - 1)`, `zero = 2^(bits-1)`. Asymmetric, with lo = min(w, 0) and hi = max(w, 0):
-    `scale = (hi - lo) / (2^bits - 1)`, `zero = round(-lo / scale)`. The scale is rounded to float16 first, so that the solver works
-    on the grid that the file will hold; a group of zeros gets scale 1.
+    `scale = (hi - lo) / (2^bits - 1)`, `zero = round(-lo / scale)`. The scale is rounded to float16 first, so that the solver
+    works on the grid that the file will hold; a group of zeros gets scale 1.
 
     Args:
       w_rn: float32 `[..., R, N]`, the rows of one group, or of several along leading axes.

@@ -23,9 +23,9 @@ def file_order(k: int, group_rows: int) -> RowOrder:
 def group_order(diag_k: Float[jax.Array, " K"], group_rows: int) -> RowOrder:
     """Most important first, inside each group and among groups.
 
-    A row's importance is its diagonal entry of H; a group's is that of its most important row. Rows that are quantized early have the
-    most rows left to compensate them. Unlike the classic act-order, every group keeps its own rows, so that nothing is permuted
-    when the model is served.
+    A row's importance is its diagonal entry of H; a group's is that of its most important row. Rows that are quantized early have
+    the most rows left to compensate them. Unlike the classic act-order, every group keeps its own rows, so that nothing is
+    permuted when the model is served.
 
     Args:
       diag_k: diagonal of the Hessian `[K]`.

@@ -43,13 +43,13 @@ class Outcome(enum.IntEnum):
 
 _MESSAGES = {
     Outcome.SOLVED: "Solved at the damping that was asked for.",
-    Outcome.RAISED_DAMPING: "Solved, but only after raising the damping: the calibration set spans too few directions; use more tokens.",
+    Outcome.RAISED_DAMPING: "Solved only after raising the damping: the tokens span too few directions; calibrate on more.",
     Outcome.ROUNDED: "Rounded to nearest, without error compensation.",
-    Outcome.ZERO_HESSIAN: "The Hessian is zero: no token reached this linear, or all its inputs are zero; calibrate on text that uses it.",
-    Outcome.NOT_FACTORED: "No damping makes the Hessian positive definite: its entries are corrupt or overflow; check the activations.",
-    Outcome.NONFINITE_HESSIAN: "The activations hold NaN or infinity: an earlier layer overflows in this dtype; try dtype float32.",
+    Outcome.ZERO_HESSIAN: "The Hessian is zero: no token reached it, or all its inputs are zero; calibrate on other text.",
+    Outcome.NOT_FACTORED: "No damping makes the Hessian positive definite: the activations overflow; try dtype float32.",
+    Outcome.NONFINITE_HESSIAN: "The activations hold NaN or infinity: a layer before overflows; try dtype float32.",
     Outcome.NONFINITE_WEIGHTS: "The weights hold NaN or infinity: the checkpoint is damaged; fetch it again.",
-    Outcome.SCALE_OVERFLOW: "A scale is beyond the range of float16, which the file formats store: the weights are out of any usual range.",
+    Outcome.SCALE_OVERFLOW: "A scale is beyond the range of float16, in which files store it; check the weights.",
 }
 
 
@@ -76,8 +76,9 @@ class Solution(NamedTuple):
 def solve(w_kn: Float[jax.Array, "K N"], h_kk: Float[jax.Array, "K K"], config: QuantizeConfig) -> Solution:
     """Quantizes a kernel so that its output error `tr((W - Q)^T H (W - Q))` is small (GPTQ, Frantar et al. 2022, algorithm 1).
 
-    Rows are quantized in sequence; the error of each is spread over the rows after it, `w_j -= u[k, j] e_k`, with `H^-1 = U^T U`. A group's
-    grid is set from its rows as they are when its turn comes. Linears that share H are solved at once: put them side by side.
+    Rows are quantized in sequence; the error of each is spread over the rows after it, `w_j -= u[k, j] e_k`, with `H^-1 = U^T U`.
+    A group's grid is set from its rows as they are when its turn comes. Linears that share H are solved at once: put them side by
+    side.
 
     Args:
       w_kn: float32 `[K, N]`; K a multiple of the group size.

@@ -15,8 +15,8 @@ _HELD_OUT_OF = 20
 def stdlib_documents(part: Literal["train", "held_out"]) -> list[str]:
     """The source files of one part, in the order of their paths.
 
-    A file belongs to the held-out part by a hash of its path, so it stays there from one version of Python to the next; one file in
-    20 is held out.
+    A file belongs to the held-out part by a hash of its path, so it stays there from one version of Python to the next; one file
+    in 20 is held out.
 
     Args:
       part: which part.
@@ -37,5 +37,7 @@ def stdlib_documents(part: Literal["train", "held_out"]) -> list[str]:
         if (digest[0] % _HELD_OUT_OF == 0) == (part == "held_out"):
             documents.append(path.read_text(encoding="utf-8", errors="replace"))
     if not documents:
-        raise CalibrationError(f"no Python source under {root}: this interpreter ships its library without it; use a full install")
+        raise CalibrationError(
+            f"no Python source under {root}: this interpreter ships its library without it; use a full install"
+        )
     return documents

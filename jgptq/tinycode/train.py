@@ -145,9 +145,7 @@ def main() -> None:
     train_tokenizer(documents, work)
     stream, held_out = tokenize(documents, work), tokenize(stdlib_documents("held_out"), work)
     print(f"{len(stream)} tokens to train on, {len(held_out)} held out", flush=True)
-    model = train(
-        stream, held_out, steps=args.steps, batch=args.batch, learning_rate=args.learning_rate, seed=args.seed
-    )
+    model = train(stream, held_out, steps=args.steps, batch=args.batch, learning_rate=args.learning_rate, seed=args.seed)
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.float16), model)
     hf_config = config_to_hf(CONFIG, "float16") | {"bos_token_id": 0, "eos_token_id": 1}
     half.origin = Origin(folder=str(work), hf_config=json.dumps(hf_config))

@@ -14,7 +14,6 @@ import argparse
 import os
 from pathlib import Path
 
-os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "4")  # its own default on two cores is a single worker, and it hangs
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # it compiles the unpacking of every shape: seconds each, nothing gained here
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
