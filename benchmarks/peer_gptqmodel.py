@@ -4,10 +4,11 @@ Standalone: run with the python of the interoperability venv.
 
     python peer_gptqmodel.py MODEL_FOLDER TOKENS.npy OUT_FOLDER RESULT.json [options]
 
-MODEL_FOLDER is a float Hugging Face checkpoint with a tokenizer (GPTQModel loads one, though the ids are used as they are); TOKENS
-holds int [samples, seq_len]. Options left out keep GPTQModel's own defaults, but for the dtype: on a CPU it would cast the whole model
-to bfloat16, and write every float tensor so; `--dtype auto` does that.
-RESULT.json: {"seconds": {"load", "quantize", "save", "total"}, "peak_rss_bytes", "versions", "settings"}; imports are not in the seconds.
+MODEL_FOLDER is a float Hugging Face checkpoint with a tokenizer (GPTQModel loads one, though the ids are used as they are);
+TOKENS holds int [samples, seq_len]. Options left out keep GPTQModel's own defaults, but for the dtype: on a CPU it would cast
+the whole model to bfloat16, and write every float tensor so; `--dtype auto` does that.
+RESULT.json: {"seconds": {"load", "quantize", "save", "total"}, "peak_rss_bytes", "versions", "settings"}. Imports are not in the
+seconds, though what they occupy is in the bytes.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "4")
+os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "4")  # its default is half the cores, and one worker is an error
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
@@ -27,7 +28,8 @@ import torch
 from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 from gptqmodel.utils.cpp import load_pack_block_extension
 
-SHORTEST = 10  # GPTQModel drops samples of this many tokens or fewer
+TOO_SHORT = 10  # GPTQModel drops samples of this many tokens or fewer
+PASSED_ON = ("bits", "group_size", "sym", "desc_act", "mse", "act_group_aware", "damp_percent", "format", "offload_to_disk")
 
 
 def calibration(tokens: np.ndarray) -> list[dict[str, torch.Tensor]]:
@@ -39,16 +41,14 @@ def calibration(tokens: np.ndarray) -> list[dict[str, torch.Tensor]]:
 def check_kept(tokens: np.ndarray, model_folder: Path) -> None:
     """Refuse lengths that GPTQModel would drop or cut without an error."""
     longest = json.loads((model_folder / "config.json").read_text()).get("max_position_embeddings", tokens.shape[1])
-    if not SHORTEST < tokens.shape[1] <= longest:
-        raise SystemExit(f"GPTQModel would drop or cut samples of {tokens.shape[1]} tokens; keep within {SHORTEST + 1} to {longest}")
+    length = tokens.shape[1]
+    if not TOO_SHORT < length <= longest:
+        raise SystemExit(f"GPTQModel would drop or cut samples of {length} tokens; keep within {TOO_SHORT + 1} to {longest}")
 
 
 def quantize_config(args: argparse.Namespace) -> QuantizeConfig:
     """The asked settings over GPTQModel's defaults."""
-    asked = {
-        name: getattr(args, name)
-        for name in ("bits", "group_size", "sym", "desc_act", "mse", "act_group_aware", "damp_percent", "format", "offload_to_disk")
-    }
+    asked = {name: getattr(args, name) for name in PASSED_ON}
     if args.group_size == -1 and args.act_group_aware is None:
         asked["act_group_aware"] = False  # its default, True, is refused without groups
     return QuantizeConfig(device="cpu", **{name: value for name, value in asked.items() if value is not None})
@@ -72,7 +72,8 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     return {
         "seconds": {**seconds, "total": marks[-1] - marks[0]},
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in ("gptqmodel", "torch", "transformers")}},
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in ("gptqmodel", "torch", "transformers")},
         "settings": {
             "samples": tokens.shape[0],
             "seq_len": tokens.shape[1],

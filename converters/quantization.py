@@ -10,6 +10,10 @@ from jgptq.errors import ConfigError
 Format = Literal["gptq", "gptq_v2", "float"]
 VERSION = "0.1.0"
 
+VLLM_GROUPS = (-1, 32, 64, 128)
+GPTQMODEL_GROUPS = (-1, 16, 32, 64, 128, 256, 512, 1024)
+"""Group sizes that readers accept."""
+
 _FUSED = {
     "self_attn.q_proj": "self_attn.qkv_proj",
     "self_attn.k_proj": "self_attn.qkv_proj",
@@ -91,6 +95,8 @@ def reader_warnings(config: QuantizeConfig, file_format: str) -> list[str]:
         found.append("vLLM refuses asymmetric GPTQ files; GPTQModel loads them (as v2)")
     if config.bits in (2, 3):
         found.append(f"vLLM refuses {config.bits}-bit GPTQ files; GPTQModel loads them")
-    if config.group_size not in (-1, 32, 64, 128):
-        found.append(f"vLLM serves groups of 32, 64, 128 or -1, not {config.group_size}; GPTQModel loads them")
+    if config.group_size not in VLLM_GROUPS:
+        found.append(f"vLLM serves groups of {VLLM_GROUPS}, not {config.group_size}")
+    if config.group_size not in GPTQMODEL_GROUPS:
+        found.append(f"GPTQModel loads groups of {GPTQMODEL_GROUPS}, not {config.group_size}, and transformers loads through it")
     return found

@@ -96,19 +96,14 @@ def gptq_block(w_rn: jax.Array, u_rr: jax.Array, scale_n: jax.Array, zero_n: jax
     Returns:
       The codes, and the errors that the caller spreads over the rows after this block.
     """
-    rows = w_rn.shape[0]
-    row_ids = jnp.arange(rows)
-    max_code = 2**bits - 1
-
     def step(k: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        w, codes = carry
-        w_n = w[k]
-        code_n = jnp.clip(jnp.round(w_n / scale_n) + zero_n, 0, max_code)
-        u_r = u_rr[k]
-        error_n = (w_n - scale_n * (code_n - zero_n)) / u_r[k]
-        # Row k has been read for the last time, so its slot keeps the error: one buffer serves both.
-        spread = w - jnp.where(row_ids > k, u_r, 0.0)[:, None] * error_n[None, :]
-        return spread.at[k].set(error_n), codes.at[k].set(code_n.astype(jnp.uint8))
+        error_rn, codes_rn = carry
+        # Rows that are yet to come hold a zero error, so that the whole column of U may be used.
+        w_n = w_rn[k] - jnp.matmul(u_rr[:, k], error_rn, precision=jax.lax.Precision.HIGHEST)
+        code_n = jnp.clip(jnp.round(w_n / scale_n) + zero_n, 0, 2**bits - 1)
+        error_n = (w_n - scale_n * (code_n - zero_n)) / u_rr[k, k]
+        return error_rn.at[k].set(error_n), codes_rn.at[k].set(code_n.astype(jnp.uint8))
 
-    error_rn, codes_rn = jax.lax.fori_loop(0, rows, step, (w_rn, jnp.zeros(w_rn.shape, jnp.uint8)))
+    start = jnp.zeros(w_rn.shape, jnp.float32), jnp.zeros(w_rn.shape, jnp.uint8)
+    error_rn, codes_rn = jax.lax.fori_loop(0, w_rn.shape[0], step, start)
     return BlockResult(codes_rn, error_rn)

@@ -13,10 +13,10 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
 from jgptq.errors import ArchitectureError, CheckpointError
-from jgptq.models import FAMILIES, Carry, Decoder, Linear, ModelConfig, config_from_hf, config_to_hf
+from jgptq.models import FAMILIES, Carry, Decoder, Linear, ModelConfig, RMSNorm, config_from_hf, config_to_hf
 from jgptq.models.rotary import RopeConfig, rotary_tables
 
 torch.set_num_threads(1)
@@ -219,6 +219,13 @@ def test_bfloat16_is_as_near_to_float32_as_transformers_bfloat16(name):
         assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(carry))
         carry = stage(carry)
     assert carry.residual.dtype == jnp.bfloat16
+
+
+def test_a_bfloat16_norm_takes_its_mean_in_float32_as_transformers_does():
+    h = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    expected = LlamaRMSNorm(64, 1e-6).bfloat16()(h).detach().float().numpy()
+    found = np.asarray(RMSNorm(64, 1e-6)(jnp.asarray(h.float().numpy(), jnp.bfloat16)).astype(jnp.float32))
+    assert np.mean(found != expected) < 0.01  # bit for bit, but for sums that float32 takes in another order
 
 
 @pytest.mark.parametrize(

@@ -70,9 +70,14 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         cos, sin = rotary_tables(self.config.rope, self.config.head_dim, length)
         window = None if self.window is None else (self.window - 1, 0)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        with jax.numpy_dtype_promotion("standard"):  # jax's attention promotes bfloat16, which a caller's strict mode forbids
-            mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=window)
+
+        def attend(row: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+            # jax's attention promotes bfloat16, which a caller's strict mode forbids.
+            with jax.numpy_dtype_promotion("standard"):
+                return jax.nn.dot_product_attention(*row, is_causal=True, local_window_size=window)
+
+        # Sample by sample: the scores of one are what is in memory, and on a CPU what fits its cache.
+        mixed = jax.lax.map(attend, (rotate(q, cos, sin), rotate(k, cos, sin), v))
         return mixed.reshape(batch, length, -1)
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jgptq.notation import Bool, Float
 
 DAMPING_STEP = 10.0
-MAX_DAMPING = 10.0
+MAX_DAMPING = 1.0
 
 
 class Factor(NamedTuple):
@@ -41,7 +41,7 @@ def damped_inverse_factor(h_kk: Float[jax.Array, "K K"], damping: float) -> Fact
     """Factors `(H + lambda mean(diag H) I)^-1`, raising lambda until the factor is finite.
 
     Rows of K that no token touched (a zero on the diagonal) get the mean of the others on their diagonal, so that they neither
-    give nor take any compensation. Lambda starts at `damping` and is multiplied by 10 up to at most 10; all inside jit.
+    give nor take any compensation. Lambda starts at `damping` and is multiplied by 10 up to at most 1; all inside jit.
 
     Args:
       h_kk: float32 `[K, K]`, symmetric, finite.
@@ -54,7 +54,7 @@ def damped_inverse_factor(h_kk: Float[jax.Array, "K K"], damping: float) -> Fact
     live_k = diag_k > 0
     mean = jnp.sum(jnp.where(live_k, diag_k, 0.0)) / jnp.maximum(jnp.sum(live_k.astype(jnp.float32)), 1.0)
     mean = jnp.where(mean > 0, mean, 1.0)
-    filled_kk = h_kk + jnp.diag(jnp.where(live_k, 0.0, mean - diag_k))
+    filled_kk = h_kk + jnp.diag(jnp.where(diag_k == 0, mean, 0.0))
 
     def attempt(fraction: jax.Array) -> Factor:
         u_kk = inverse_factor(filled_kk + fraction * mean * jnp.eye(h_kk.shape[0], dtype=h_kk.dtype))

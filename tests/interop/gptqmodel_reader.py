@@ -5,9 +5,9 @@
 OUT.npz holds `modules` (the names of the quantized modules), `weight/<name>` (each one's weight [K, N] as GPTQModel's own
 `dequantize_weight` unpacks it) and `logits` [b, S, vocab] of TOKENS (int [b, S]), all float32.
 
-GPTQModel's torch kernel declares float16 and bfloat16 only, though nothing in it depends on that: the scales are cast to the model's
-dtype at load and `scale * (code - zero)` follows. In float32, the default here, a float16 scale times an integer is exact, so the
-weights can be compared bit for bit; `float16` shows what a user of GPTQModel gets.
+GPTQModel's torch kernel declares float16 and bfloat16 only, though nothing in it depends on that: the scales are cast to the
+model's dtype at load and `scale * (code - zero)` follows. In float32, the default here, a float16 scale times an integer is
+exact, so the weights can be compared bit for bit; `float16` shows what a user of GPTQModel gets.
 """
 
 import argparse

@@ -1,0 +1,45 @@
+"""One whole quantization job in a process of its own: load, quantize block by block into the folder, finish.
+
+    python benchmarks/job_jgptq.py MODEL_FOLDER TOKENS.npy OUT_FOLDER RESULT.json [--bits 4 --group-size 128 --dtype auto]
+
+RESULT.json: {"seconds": {"load", "quantize", "save", "total"}, "peak_rss_bytes"}; imports are not in the seconds, compilation is.
+"""
+
+import argparse
+import json
+import resource
+import time
+from pathlib import Path
+
+import numpy as np
+
+import jgptq
+from converters import FolderSink, load_hf
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("model_folder", "tokens", "out_folder", "result"):
+        parser.add_argument(name, type=Path)
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--dtype", default="auto")
+    args = parser.parse_args()
+
+    tokens = np.load(args.tokens)
+    config = jgptq.QuantizeConfig(bits=args.bits, group_size=args.group_size)
+    started = time.perf_counter()
+    params = load_hf(args.model_folder, args.dtype)
+    loaded = time.perf_counter()
+    sink = FolderSink(args.out_folder, params, config, tokens, overwrite=True)
+    qparams, report = jgptq.quantize(params, tokens, config=config, sink=sink)
+    quantized = time.perf_counter()
+    sink.finish(qparams, report)
+    saved = time.perf_counter()
+    seconds = {"load": loaded - started, "quantize": quantized - loaded, "save": saved - quantized, "total": saved - started}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    args.result.write_text(json.dumps({"seconds": seconds, "peak_rss_bytes": peak}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""Exported folders, read by GPTQModel on a CPU: the same weights bit for bit, the same logits to 1e-3.
+
+Needs `make interop-venv`; `make interop` runs it.
+"""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from tokenizers import Tokenizer, models
+
+import jgptq
+from converters import load_hf, save_hf
+from jgptq import tinycode
+from jgptq.models import Decoder
+from jgptq.packed import PackedTensor
+from jgptq.tinycode.corpus import stdlib_documents
+
+ROOT = Path(__file__).parents[2]
+PYTHON = ROOT / ".venv-interop/bin/python"
+STORIES = ROOT / "../shared/data/stories260k"
+
+pytestmark = pytest.mark.filterwarnings("ignore:vLLM refuses")
+
+
+def packed_kernels(decoder: Decoder) -> dict[str, PackedTensor]:
+    return {
+        f"model.layers.{index}.{name}": linear.kernel.get_value()
+        for index, block in enumerate(decoder.layers)
+        for stage in block.stages()
+        for name, linear in zip(stage.names, stage.linears, strict=True)
+        if isinstance(linear.kernel.get_value(), PackedTensor)
+    }
+
+
+def check(folder: Path, tokens: np.ndarray, scratch: Path) -> None:
+    """Reads a folder with both and compares names, weights and logits."""
+    if not (folder / "tokenizer.json").exists():  # GPTQModel will not load a folder without one
+        Tokenizer(models.BPE(vocab={"a": 0}, merges=[])).save(str(folder / "tokenizer.json"))
+    np.save(scratch / "tokens.npy", tokens)
+    command = [PYTHON, Path(__file__).with_name("gptqmodel_reader.py"), folder, scratch / "tokens.npy", scratch / "read.npz"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=os.environ, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    read = np.load(scratch / "read.npz")
+    ours = load_hf(folder)
+    kernels = packed_kernels(ours)
+    assert sorted(read["modules"].tolist()) == sorted(kernels)
+    for name, kernel in kernels.items():
+        np.testing.assert_array_equal(read[f"weight/{name}"], np.asarray(kernel.dequantize()), err_msg=name)
+    logits = np.asarray(ours(jnp.asarray(tokens)))
+    assert np.abs(logits).max() > 1
+    assert np.abs(read["logits"] - logits).max() < 1e-3
+
+
+FORMATS = [
+    (4, True, 32, "gptq"),
+    (4, False, 32, "gptq_v2"),
+    (2, True, 64, "gptq"),
+    (3, True, 32, "gptq"),
+    (3, False, -1, "gptq_v2"),
+]
+
+
+@pytest.mark.parametrize(
+    ("bits", "sym", "group_size", "file_format"), [*FORMATS, (8, True, -1, "gptq"), (8, False, 64, "gptq_v2")]
+)
+def test_gptqmodel_reads_every_format(tmp_path: Path, bits: int, sym: bool, group_size: int, file_format):
+    params = tiny.decoder(intermediate_size=128, qkv_bias=True, model_type="qwen2")
+    quantized, _ = jgptq.quantize(params, tiny.tokens(), bits=bits, sym=sym, group_size=group_size)
+    check(save_hf(quantized, tmp_path / "out", format=file_format), tiny.tokens(2), tmp_path)
+
+
+def test_gptqmodel_reads_the_embedded_model(tmp_path: Path):
+    params = load_hf(tinycode.FOLDER)
+    calib = jgptq.calibration_tokens(stdlib_documents("train"), tinycode.FOLDER, samples=128, seq_len=tinycode.SEQ_LEN)
+    quantized, _ = jgptq.quantize(params, calib)
+    check(save_hf(quantized, tmp_path / "out", max_shard_size="1MB"), calib[:2], tmp_path)
+
+
+@pytest.mark.skipif(not STORIES.exists(), reason=f"needs {STORIES}")
+@pytest.mark.parametrize(("bits", "file_format"), [(4, "gptq"), (3, "gptq_v2"), (2, "gptq")])
+def test_gptqmodel_reads_a_model_whose_odd_layers_stay_float(tmp_path: Path, bits: int, file_format):
+    calib = jgptq.calibration_tokens(STORIES / "calib_ids.npy", samples=128, seq_len=256)
+    quantized, report = jgptq.quantize(load_hf(STORIES), calib, bits=bits, group_size=32)
+    out = save_hf(quantized, tmp_path / "out", format=file_format)
+    assert len(report.kept_float) == 15
+    assert len(json.loads((out / "config.json").read_text())["quantization_config"]["dynamic"]) == 3
+    check(out, np.load(STORIES / "eval_ids.npy")[:512].reshape(2, 256).astype(np.int32), tmp_path)

@@ -1,0 +1,49 @@
+"""A tiny random decoder, and the folder it makes: what tests of the driver and the converters run on."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from converters import save_hf
+from jgptq.models import Decoder, ModelConfig
+
+VOCAB, SEQ_LEN = 96, 16
+
+
+def config(**changes: Any) -> ModelConfig:
+    base: dict[str, Any] = {
+        "vocab_size": VOCAB,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "layer_windows": (None, None),
+    }
+    return ModelConfig(**base | changes)
+
+
+def decoder(seed: int = 0, dtype: Any = jnp.float16, **changes: Any) -> Decoder:
+    """Kernels large enough that every layer moves the logits, norms and biases that are not neutral."""
+    model = Decoder(config(**changes), rngs=nnx.Rngs(seed))
+    leaves, tree = jax.tree.flatten(model)
+    random = np.random.default_rng(seed)
+
+    def draw(leaf: jax.Array) -> jax.Array:
+        spread, centre = (0.15, 0.0) if leaf.ndim > 1 else (0.1, 1.0)
+        return jnp.asarray(random.normal(size=leaf.shape) * spread + centre, dtype)
+
+    return jax.tree.unflatten(tree, [draw(leaf) for leaf in leaves])
+
+
+def folder(path: Path, **changes: Any) -> Path:
+    return save_hf(decoder(**changes), path, format="float")
+
+
+def tokens(samples: int = 24, length: int = SEQ_LEN, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, VOCAB, (samples, length)).astype(np.int32)
