@@ -2,9 +2,10 @@
 
     make interop-venv && python benchmarks/bench_quantize.py
 
-A random Llama of 12 blocks, 768 wide, 2048 inner; 32 samples of 512 tokens; 4 bit, group 128, symmetric. Both jobs run in processes of their own, one after
-the other, `--runs` times; quoted is the median of the ratios of neighbouring runs. Seconds cover load, quantize and save, compilation
-included, imports not. GPTQModel is run in each of `--peer-dtypes`, for its default on a CPU is bfloat16; the claim is made against the fastest.
+A random Llama of 12 blocks, 768 wide, 2048 inner; 32 samples of 512 tokens; 4 bit, group 128, symmetric. Both jobs run in
+processes of their own, one after the other, `--runs` times; quoted is the median of the ratios of neighbouring runs. Seconds
+cover load, quantize and save, compilation included, imports not. GPTQModel is run in each of `--peer-dtypes`, for its default on
+a CPU is bfloat16; the claim is made against the fastest.
 """
 
 import argparse
@@ -37,6 +38,8 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--peer-python", default=str(HERE.parent / ".venv-interop/bin/python"))
     parser.add_argument("--peer-dtypes", nargs="+", default=["float32", "auto"])
+    parser.add_argument("--no-peer", action="store_true", help="only time this project, on a machine without the peer")
+    parser.add_argument("--name", default="quantize_cpu", help="name of the result")
     parser.add_argument("--peer-batch", type=int, default=8, help="GPTQModel's batch_size: samples run at once, as ours runs 8")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -50,7 +53,7 @@ def main() -> None:
         rounds = []
         for number in range(args.runs):
             entry = {"jgptq": run(ours, result)}
-            for dtype in args.peer_dtypes:
+            for dtype in [] if args.no_peer else args.peer_dtypes:
                 entry[f"gptqmodel {dtype}"] = run([*peer, "--dtype", dtype], result)
             rounds.append(entry)
             print(number, {name: (job["seconds"], job["peak_rss_bytes"]) for name, job in entry.items()}, flush=True)
@@ -62,7 +65,7 @@ def main() -> None:
             summary[name] = {"times_as_fast": statistics.median(times), "memory_ratio": statistics.median(memory)}
     print(json.dumps(summary, indent=1))
     job = {"model": MODEL, "samples": SAMPLES, "seq_len": SEQ_LEN, "bits": 4, "group_size": 128}
-    print("wrote", write_result("quantize_cpu", {**circumstances(), "job": job, "summary": summary, "rounds": rounds}))
+    print("wrote", write_result(args.name, {**circumstances(), "job": job, "summary": summary, "rounds": rounds}))
 
 
 if __name__ == "__main__":

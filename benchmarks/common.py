@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 
@@ -77,11 +78,15 @@ def random_tokens(path: Path, samples: int, seq_len: int, vocab: int) -> Path:
 def circumstances() -> dict[str, Any]:
     """Where and on what a result was measured."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
-    dirty = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
+    dirty = subprocess.run(
+        ["git", "status", "--porcelain"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
+    )
     cpu = next((line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.processor())
+    device = jax.devices()[0]
+    accelerator = "" if device.platform == "cpu" else f"{device.device_kind}, "
     names = ("jax", "jaxlib", "flax", "numpy")
     return {
-        "device": f"{cpu}, {os.cpu_count()} cores",
+        "device": f"{accelerator}{cpu}, {os.cpu_count()} cores",
         "python": platform.python_version(),
         "versions": {name: version(name) for name in names},
         "commit": commit.stdout.strip() + ("+changes" if dirty.stdout.strip() else ""),

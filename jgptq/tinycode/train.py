@@ -7,6 +7,7 @@ A Llama of 3.7 million parameters, every linear dimension a multiple of 128, on 
 import argparse
 import itertools
 import json
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,8 @@ import numpy as np
 import optax
 from flax import nnx
 
+from converters import save_hf
+from converters.shards import refuse_existing
 from jgptq.models import Decoder, ModelConfig, Origin, config_to_hf
 from jgptq.models.rotary import RopeConfig
 from jgptq.tinycode import SEQ_LEN
@@ -102,8 +105,7 @@ def train(stream: np.ndarray, held_out: np.ndarray, *, steps: int, batch: int, l
     """
     model = Decoder(CONFIG, rngs=nnx.Rngs(seed))
     schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, steps // 20, steps, learning_rate / 50)
-    decay_mask = lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params)  # noqa: E731
-    adamw = optax.adamw(schedule, b2=0.95, weight_decay=0.1, mask=decay_mask)
+    adamw = optax.adamw(schedule, b2=0.95, weight_decay=0.1, mask=_is_matrix)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), adamw)
     graph, params = nnx.split(model)
     state = optimizer.init(params)
@@ -127,10 +129,21 @@ def train(stream: np.ndarray, held_out: np.ndarray, *, steps: int, batch: int, l
     return nnx.merge(graph, params)
 
 
+def _is_matrix(params: nnx.State) -> nnx.State:
+    """What weight decay applies to: not the norms' scales."""
+    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+
+
+def save(model: Decoder, tokenizer: Path, out: Path) -> Path:
+    """Writes the model in float16 with its tokenizer as a Hugging Face folder."""
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.float16), model)
+    hf_config = config_to_hf(CONFIG, "float16") | {"bos_token_id": 0, "eos_token_id": 1}
+    half.origin = Origin(folder=str(tokenizer), hf_config=json.dumps(hf_config))
+    return save_hf(half, out, format="float")
+
+
 def main() -> None:
     """Trains tokenizer and model and writes them as a Hugging Face folder."""
-    from converters import save_hf
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, nargs="?", default=Path("tinycode"), help="folder to write")
     parser.add_argument("--steps", type=int, default=1800)
@@ -138,19 +151,15 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    refuse_existing(args.out, overwrite=False)
 
-    work = args.out.with_name(args.out.name + ".tokenizer")
-    work.mkdir(parents=True, exist_ok=True)
-    documents = stdlib_documents("train")
-    train_tokenizer(documents, work)
-    stream, held_out = tokenize(documents, work), tokenize(stdlib_documents("held_out"), work)
-    print(f"{len(stream)} tokens to train on, {len(held_out)} held out", flush=True)
-    model = train(stream, held_out, steps=args.steps, batch=args.batch, learning_rate=args.learning_rate, seed=args.seed)
-    half = jax.tree.map(lambda leaf: leaf.astype(jnp.float16), model)
-    hf_config = config_to_hf(CONFIG, "float16") | {"bos_token_id": 0, "eos_token_id": 1}
-    half.origin = Origin(folder=str(work), hf_config=json.dumps(hf_config))
-    save_hf(half, args.out, format="float")
-    print(f"wrote {args.out}")
+    with tempfile.TemporaryDirectory() as scratch:
+        documents = stdlib_documents("train")
+        train_tokenizer(documents, Path(scratch))
+        stream, held_out = (tokenize(part, Path(scratch)) for part in (documents, stdlib_documents("held_out")))
+        print(f"{len(stream)} tokens to train on, {len(held_out)} held out", flush=True)
+        settings = {"steps": args.steps, "batch": args.batch, "learning_rate": args.learning_rate, "seed": args.seed}
+        print("wrote", save(train(stream, held_out, **settings), Path(scratch), args.out))
 
 
 if __name__ == "__main__":
