@@ -1,6 +1,5 @@
 """One leaf of a decoder -> the tensors that a file holds for it."""
 
-import jax.numpy as jnp
 import numpy as np
 
 from converters.names import LEAVES
@@ -8,8 +7,7 @@ from converters.shards import TensorSpec
 from jgptq.config import group_rows
 from jgptq.errors import ConfigError
 from jgptq.notation import Array
-from jgptq.packed import PackedTensor, unpack
-from pallas_kernels.layout import pack_codes
+from jgptq.packed import PackedTensor
 
 _INT32, _FLOAT16 = np.dtype(np.int32), np.dtype(np.float16)
 
@@ -58,12 +56,21 @@ def encode_packed(name: str, packed: PackedTensor, file_format: str) -> dict[str
     rows = group_rows(k, packed.group_size)
     if file_format == "gptq" and packed.zeros is not None:
         raise ConfigError(f"{name}: GPTQ v1 cannot hold the zero points of an asymmetric grid; use format 'gptq_v2'")
-    _, zero_gn = unpack(packed)
-    stored_gn = zero_gn - 1 if file_format == "gptq" else zero_gn
-    order = jnp.arange(k, dtype=jnp.int32) // rows if packed.order is None else packed.order
+    zeros = packed.zeros
+    if zeros is None:
+        middle = 2 ** (packed.bits - 1)
+        zeros = constant_words(middle - 1 if file_format == "gptq" else middle, packed.bits, packed.scales.shape)
+    order = np.arange(k, dtype=np.int32) // rows if packed.order is None else packed.order
     return {
         f"{name}.qweight": np.asarray(packed.qweight),
-        f"{name}.qzeros": np.asarray(pack_codes(stored_gn.T, packed.bits).T),
+        f"{name}.qzeros": np.asarray(zeros),
         f"{name}.scales": np.asarray(packed.scales),
         f"{name}.g_idx": np.asarray(order),
     }
+
+
+def constant_words(code: int, bits: int, shape: tuple[int, ...]) -> np.ndarray:
+    """The words `[G, N*bits/32]` of a matrix `[G, N]` of one code, packed along N."""
+    stream = sum(code << bits * j for j in range(32))
+    words = np.frombuffer(stream.to_bytes(4 * bits, "little"), np.int32)
+    return np.tile(words, (shape[0], shape[1] // 32))

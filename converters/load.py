@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 from converters.checkpoint import Checkpoint, open_checkpoint, read_json, resolve_folder
+from converters.encode import constant_words
 from converters.names import IGNORED, LEAVES, block_leaves, hf_module, leaves
 from jgptq.config import QuantizeConfig, group_rows
 from jgptq.errors import ArchitectureError, CheckpointError
@@ -160,12 +161,14 @@ def _packed(
 
 def _zeros(stored: np.ndarray, bits: int, checkpoint_format: str) -> np.ndarray | None:
     """Zero points as a `PackedTensor` keeps them: plain (v1 stores one less), and None where all are 2^(bits-1)."""
-    zero_gn = unpack_codes(jnp.asarray(np.ascontiguousarray(stored.T)), bits).T
-    if checkpoint_format != "gptq_v2":
-        zero_gn = (zero_gn + 1) % 2**bits
-    if bool(jnp.all(zero_gn == 2 ** (bits - 1))):
+    first_version = checkpoint_format != "gptq_v2"
+    middle = 2 ** (bits - 1) - first_version
+    if np.array_equal(stored, constant_words(middle, bits, (stored.shape[0], stored.shape[1] * 32 // bits))):
         return None
-    return np.asarray(pack_codes(zero_gn.T, bits).T)
+    if not first_version:
+        return stored
+    zero_gn = unpack_codes(jnp.asarray(np.ascontiguousarray(stored.T)), bits).T
+    return np.asarray(pack_codes(((zero_gn + 1) % 2**bits).T, bits).T)
 
 
 def _order(g_idx: np.ndarray | None, k: int, rows: int) -> np.ndarray | None:

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -115,7 +115,8 @@ def quantize(
                 continue
             packed, rows = _quantize_block(index, block, plan, carries, last, config, bar)
             sink.write(index, packed, rows)
-    blocks = [sink.done()[index] for index in range(len(plans))]
+    finished = sink.done()
+    blocks = [finished[index] for index in range(len(plans))]
     report = Report(config=config, rows=tuple(row for _, rows in blocks for row in rows), seconds=time.monotonic() - started)
     return _assemble(params, [block for block, _ in blocks], config), report
 
@@ -173,8 +174,36 @@ def _advance(block: Block, carry: Carry, *, stage: int) -> Carry:
     return block.stages()[stage](carry)
 
 
-_hessian = jax.jit(hessian)
-_pack = jax.jit(pack, static_argnames=("bits", "group_size"))
+class _SolvedLinear(NamedTuple):
+    """One linear of a solved stage."""
+
+    packed: PackedTensor
+    kernel: Float[jax.Array, "K N"]  # float32, expanded
+    loss: Float[jax.Array, ""]
+    rtn_loss: Float[jax.Array, ""]
+
+
+class _SolvedStage(NamedTuple):
+    """The linears of a stage, solved as one wide matrix."""
+
+    linears: tuple[_SolvedLinear, ...]
+    damping: Float[jax.Array, ""]
+    outcome: Int[jax.Array, ""]
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _solve(kernels: tuple[jax.Array, ...], total: HessianSum | None, config: QuantizeConfig) -> _SolvedStage:
+    """All that is computed for a stage between its Hessian's last batch and the packed result, as one program."""
+    wide_kn = jnp.concatenate([kernel.astype(jnp.float32) for kernel in kernels], axis=1)
+    solution = round_to_nearest(wide_kn, config) if total is None else solve(wide_kn, hessian(total), config)
+    linears, start = [], 0
+    for kernel in kernels:
+        part = _columns(solution, start, start + kernel.shape[1])
+        start += kernel.shape[1]
+        zero_gn = None if config.sym else part.zero_gn
+        packed = pack(part.codes_kn, part.scale_gn, zero_gn, bits=config.bits, group_size=config.group_size)
+        linears.append(_SolvedLinear(packed, part.dequantize(), jnp.sum(part.loss_n), jnp.sum(part.rtn_loss_n)))
+    return _SolvedStage(tuple(linears), solution.damping, solution.outcome)
 
 
 def _quantize_block(
@@ -205,60 +234,40 @@ def _quantize_block(
 def _solve_stage(
     prefix: str, work: Block, number: int, stage: Stage, carries: list[Carry], config: QuantizeConfig
 ) -> tuple[dict[str, PackedTensor], list[LinearReport]]:
-    """Solves the linears of a stage as one wide matrix, and puts their dequantized kernels into `work`."""
+    """Solves the linears of a stage, and puts their expanded kernels into `work`."""
     started = time.monotonic()
-    kernels = [jnp.asarray(linear.kernel.get_value(), jnp.float32) for linear in stage.linears]
-    wide = jnp.concatenate(kernels, axis=1)
-    k, n = wide.shape
-    tokens = 0
-    if carries:
-        total = empty(k)
-        for carry in carries:
-            total = _observe(work, carry, total, stage=number)
-        tokens = int(total.tokens)
-        solution, note = _solve_checked(prefix, stage, wide, _hessian(total), config)
-    else:
-        solution, note = _checked(prefix, stage, round_to_nearest(wide, config)), ""
+    kernels = tuple(jnp.asarray(linear.kernel.get_value()) for linear in stage.linears)
+    total = empty(kernels[0].shape[0]) if carries else None
+    for carry in carries:
+        total = _observe(work, carry, total, stage=number)
+    tokens = 0 if total is None else int(total.tokens)
+    solved, note = _solve_checked(prefix, stage, kernels, total, config)
     seconds = time.monotonic() - started
-    packed, rows, start = {}, [], 0
-    for name, linear, kernel in zip(stage.names, stage.linears, kernels, strict=True):
-        part = _columns(solution, start, start + kernel.shape[1])
-        start += kernel.shape[1]
-        zero_gn = None if config.sym else part.zero_gn
-        packed[name] = _pack(part.codes_kn, part.scale_gn, zero_gn, bits=config.bits, group_size=config.group_size)
-        linear.kernel.set_value(part.dequantize())
-        rows.append(_row(prefix + name, part, note, tokens, seconds * kernel.shape[1] / n))
+    width = sum(kernel.shape[1] for kernel in kernels)
+    packed, rows = {}, []
+    for name, linear, result in zip(stage.names, stage.linears, solved.linears, strict=True):
+        packed[name] = result.packed
+        linear.kernel.set_value(result.kernel)
+        rows.append(_row(prefix + name, solved, result, note, tokens, seconds * result.packed.shape[1] / width))
     return packed, rows
 
 
 def _solve_checked(
-    prefix: str, stage: Stage, wide: Float[Array, "K N"], h_kk: Float[Array, "K K"], config: QuantizeConfig
-) -> tuple[Solution, str]:
-    """A usable solution and what there is to say of it: a failed solve is an error, unless the caller allowed rounding
-    instead."""
-    solution = solve(jnp.asarray(wide), jnp.asarray(h_kk), config)
-    outcome = Outcome(int(solution.outcome))
-    rescuable = outcome in (Outcome.ZERO_HESSIAN, Outcome.NOT_FACTORED)
-    if outcome.failed and rescuable and config.allow_rtn_fallback:
-        rounded = dataclasses.replace(config, method="rtn")
-        return _checked(prefix, stage, solve(jnp.asarray(wide), jnp.asarray(h_kk), rounded)), outcome.message
-    return _checked(prefix, stage, solution), "" if outcome in (Outcome.SOLVED, Outcome.ROUNDED) else outcome.message
-
-
-def _checked(prefix: str, stage: Stage, solution: Solution) -> Solution:
-    outcome = Outcome(int(solution.outcome))
+    prefix: str, stage: Stage, kernels: tuple[jax.Array, ...], total: HessianSum | None, config: QuantizeConfig
+) -> tuple[_SolvedStage, str]:
+    """A usable solution and what there is to say of it; a failed solve is an error, unless the caller allowed rounding."""
+    solved = _solve(kernels, total, config)
+    outcome = Outcome(int(solved.outcome))
     if not outcome.failed:
-        return solution
+        return solved, "" if outcome in (Outcome.SOLVED, Outcome.ROUNDED) else outcome.message
+    rescuable = outcome in (Outcome.ZERO_HESSIAN, Outcome.NOT_FACTORED)
+    if rescuable and config.allow_rtn_fallback:
+        return _solve(kernels, total, dataclasses.replace(config, method="rtn")), outcome.message
     names = [prefix + name for name in stage.names]
     if outcome is Outcome.NONFINITE_WEIGHTS:
-        kernels = [linear.kernel.get_value() for linear in stage.linears]
-        names = [
-            name for name, kernel in zip(names, kernels, strict=True) if not bool(jnp.all(jnp.isfinite(jnp.asarray(kernel))))
-        ]
-    advice = ""
-    if outcome in (Outcome.ZERO_HESSIAN, Outcome.NOT_FACTORED):
-        advice = " To round such linears to nearest and go on, pass allow_rtn_fallback=True (--allow-rtn-fallback)."
-    raise NumericalError(f"{', '.join(names)}: {outcome.message}{advice}")
+        names = [name for name, kernel in zip(names, kernels, strict=True) if not bool(jnp.all(jnp.isfinite(kernel)))]
+    hint = " To round such linears and go on, pass allow_rtn_fallback=True (--allow-rtn-fallback)." if rescuable else ""
+    raise NumericalError(f"{', '.join(names)}: {outcome.message}{hint}")
 
 
 def _columns(solution: Solution, start: int, stop: int) -> Solution:
@@ -268,13 +277,14 @@ def _columns(solution: Solution, start: int, stop: int) -> Solution:
     return solution._replace(codes_kn=codes, scale_gn=scale, zero_gn=zero, loss_n=loss, rtn_loss_n=rtn_loss)
 
 
-def _row(name: str, part: Solution, note: str, tokens: int, seconds: float) -> LinearReport:
-    k, n = part.codes_kn.shape
-    loss, rtn_loss = (float(jnp.sum(losses)) if tokens else None for losses in (part.loss_n, part.rtn_loss_n))
-    if loss is not None and rtn_loss is not None and loss > rtn_loss:
+def _row(name: str, stage: _SolvedStage, result: _SolvedLinear, note: str, tokens: int, seconds: float) -> LinearReport:
+    k, n = result.packed.shape
+    outcome = Outcome(int(stage.outcome)).name
+    if tokens == 0:
+        return LinearReport(name=name, k=k, n=n, outcome=outcome, note=note, seconds=seconds)
+    loss, rtn_loss, damping = float(result.loss), float(result.rtn_loss), float(stage.damping)
+    if loss > rtn_loss:
         note = f"{note} The loss is above that of round-to-nearest.".strip()
-    outcome = Outcome(int(part.outcome)).name
-    damping = float(part.damping) if tokens else None
     return LinearReport(
         name=name,
         k=k,

@@ -96,6 +96,7 @@ def gptq_block(w_rn: jax.Array, u_rr: jax.Array, scale_n: jax.Array, zero_n: jax
     Returns:
       The codes, and the errors that the caller spreads over the rows after this block.
     """
+
     def step(k: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         error_rn, codes_rn = carry
         # Rows that are yet to come hold a zero error, so that the whole column of U may be used.

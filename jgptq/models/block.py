@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 from flax import nnx
 
+from jgptq.models.attention import causal_attention
 from jgptq.models.config import ModelConfig
 from jgptq.models.layers import Linear, RMSNorm
 from jgptq.models.rotary import rotary_tables, rotate
@@ -69,15 +70,7 @@ class Attention(nnx.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         cos, sin = rotary_tables(self.config.rope, self.config.head_dim, length)
-        window = None if self.window is None else (self.window - 1, 0)
-
-        def attend(row: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-            # jax's attention promotes bfloat16, which a caller's strict mode forbids.
-            with jax.numpy_dtype_promotion("standard"):
-                return jax.nn.dot_product_attention(*row, is_causal=True, local_window_size=window)
-
-        # Sample by sample: the scores of one are what is in memory, and on a CPU what fits its cache.
-        mixed = jax.lax.map(attend, (rotate(q, cos, sin), rotate(k, cos, sin), v))
+        mixed = causal_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, self.window)
         return mixed.reshape(batch, length, -1)
 
 

@@ -7,19 +7,25 @@ import jax.numpy as jnp
 
 from jgptq.notation import Float, Int
 
-_PANEL = 256
+_PANELS = 4
 
 
 class HessianSum(NamedTuple):
-    """A running sum. Only the block upper triangle is meaningful until `hessian` mirrors it, which saves up to half the work."""
+    """A running sum of `h h^T`, as the tiles on and above the diagonal: `tiles[i][j]` is panel i of K against panel i + j.
 
-    sum_kk: Float[jax.Array, "K K"]  # float32 sum of h h^T, on and above the diagonal
+    The other half is their mirror image, so that it is neither computed nor kept. Tiles are arrays of their own because a sum
+    that is added to a slice of one large array costs a CPU more time than the product that is added.
+    """
+
+    tiles: tuple[tuple[Float[jax.Array, "P Q"], ...], ...]  # float32
     tokens: Int[jax.Array, ""]  # int32, how many h were summed
 
 
 def empty(k: int) -> HessianSum:
     """The sum over no tokens."""
-    return HessianSum(jnp.zeros((k, k), jnp.float32), jnp.zeros((), jnp.int32))
+    widths = [stop - start for start, stop in _panels(k)]
+    tiles = tuple(tuple(jnp.zeros((p, q), jnp.float32) for q in widths[i:]) for i, p in enumerate(widths))
+    return HessianSum(tiles, jnp.zeros((), jnp.int32))
 
 
 def accumulate(total: HessianSum, h: Float[jax.Array, "*batch K"]) -> HessianSum:
@@ -33,28 +39,32 @@ def accumulate(total: HessianSum, h: Float[jax.Array, "*batch K"]) -> HessianSum
       The new sum.
     """
     k = h.shape[-1]
-    h_tk = h.reshape(-1, k)
-    sum_kk = total.sum_kk
-    for start in range(0, k, _panel(k)):
-        stop = min(start + _panel(k), k)
-        panel = jax.lax.dot_general(
-            h_tk[:, :stop],
-            h_tk[:, start:stop],
-            (((0,), (0,)), ((), ())),
-            precision=jax.lax.Precision.HIGHEST,
-            preferred_element_type=jnp.float32,
-        )
-        sum_kk = sum_kk.at[:stop, start:stop].add(panel)
-    return HessianSum(sum_kk, total.tokens + h_tk.shape[0])
+    # Both operands with tokens as their last axis is the form that is multiplied fastest in bfloat16; without the barrier XLA
+    # would fold the transposition back into the products.
+    h_kt = jax.lax.optimization_barrier(h.reshape(-1, k).T)
+    panels = [h_kt[start:stop] for start, stop in _panels(k)]
+    tiles = tuple(
+        tuple(tile + _outer(panels[i], panels[i + j]) for j, tile in enumerate(row)) for i, row in enumerate(total.tiles)
+    )
+    return HessianSum(tiles, total.tokens + h_kt.shape[1])
 
 
 def hessian(total: HessianSum) -> Float[jax.Array, "K K"]:
     """`2/T` times the mirrored sum, float32 `[K, K]`; zeros where no token was summed."""
-    upper = jnp.triu(total.sum_kk)
-    full = upper + jnp.triu(total.sum_kk, 1).T
-    return full * (2.0 / jnp.maximum(total.tokens, 1).astype(jnp.float32))
+    rows = []
+    for i in range(len(total.tiles)):
+        mirrored = [total.tiles[j][i - j].T for j in range(i)]
+        rows.append(jnp.concatenate([*mirrored, *total.tiles[i]], axis=1))
+    return jnp.concatenate(rows, axis=0) * (2.0 / jnp.maximum(total.tokens, 1).astype(jnp.float32))
 
 
-def _panel(k: int) -> int:
-    """Columns in one panel: at most eight panels, so that the number of matmuls does not grow with K."""
-    return max(_PANEL, -(-k // 8))
+def _outer(a_pt: Float[jax.Array, "P T"], b_qt: Float[jax.Array, "Q T"]) -> Float[jax.Array, "P Q"]:
+    contract_tokens = (((1,), (1,)), ((), ()))
+    highest = jax.lax.Precision.HIGHEST
+    return jax.lax.dot_general(a_pt, b_qt, contract_tokens, precision=highest, preferred_element_type=jnp.float32)
+
+
+def _panels(k: int) -> list[tuple[int, int]]:
+    """Where each panel of K begins and ends."""
+    width = -(-k // _PANELS)
+    return [(start, min(start + width, k)) for start in range(0, k, width)]

@@ -95,13 +95,15 @@ def solve(w_kn: Float[jax.Array, "K N"], h_kk: Float[jax.Array, "K K"], config: 
     k, _ = w_kn.shape
     rows = group_rows(k, config.group_size)
     order = group_order(jnp.diagonal(h_kk), rows) if config.order == "group" else file_order(k, rows)
-    factor = damped_inverse_factor(h_kk[order.rows_k[:, None], order.rows_k[None, :]], config.damping)
+    # H is symmetric, so its rows can be gathered twice: gathers of whole rows are copies, and scatters are slow.
+    permuted_kk = h_kk[order.rows_k].T[order.rows_k]
+    factor = damped_inverse_factor(permuted_kk, config.damping)
     codes_kn, grid = _compensate(w_kn[order.rows_k], factor.u_kk, rows, config)
-    grid = jax.tree.map(lambda part: jnp.zeros_like(part).at[order.groups_g].set(part), grid)
+    grid = jax.tree.map(lambda part: part[jnp.argsort(order.groups_g)], grid)
     outcome = jnp.where(factor.damping > config.damping, Outcome.RAISED_DAMPING, Outcome.SOLVED)
     outcome = jnp.where(factor.finite, outcome, Outcome.NOT_FACTORED)
     solution = rounded._replace(
-        codes_kn=jnp.zeros_like(codes_kn).at[order.rows_k].set(codes_kn),
+        codes_kn=codes_kn[jnp.argsort(order.rows_k)],
         scale_gn=grid.scale_n.astype(jnp.float16),
         zero_gn=grid.zero_n.astype(jnp.int32),
         rtn_loss_n=rtn_loss_n,

@@ -1,0 +1,69 @@
+"""Causal attention in plain JAX."""
+
+import jax
+import jax.numpy as jnp
+
+from jgptq.notation import Float
+
+_CHUNK = 512
+_MAX_CHUNKS = 8
+
+
+def causal_attention(
+    q: Float[jax.Array, "b S H F"], k: Float[jax.Array, "b S J F"], v: Float[jax.Array, "b S J F"], window: int | None
+) -> Float[jax.Array, "b S H F"]:
+    """`softmax(q k^T / sqrt(F)) v` over the positions up to each query's own; H/J query heads share a key-value head.
+
+    Runs one key-value head of one sample at a time and its queries in chunks, against the keys that some query of the chunk
+    sees: so half of the scores are never computed, and those in memory fit a CPU's cache. Scores and sums are float32; the
+    division by the sum comes last.
+
+    Args:
+      q: queries `[b, S, H, F]`.
+      k: keys `[b, S, J, F]`.
+      v: values `[b, S, J, F]`.
+      window: positions that a query sees, itself included; None for all before it.
+
+    Returns:
+      The heads' outputs `[b, S, H, F]`, in the dtype of `v`.
+    """
+    return jax.lax.map(lambda row: _one_sample(row[0], row[1], row[2], window), (q, k, v))
+
+
+def _one_sample(
+    q: Float[jax.Array, "S H F"], k: Float[jax.Array, "S J F"], v: Float[jax.Array, "S J F"], window: int | None
+) -> Float[jax.Array, "S H F"]:
+    length, heads, width = q.shape
+    shared = k.shape[1]
+    q_heads = q.reshape(length, shared, heads // shared, width).transpose(1, 2, 0, 3)
+    k_heads, v_heads = k.transpose(1, 0, 2), v.transpose(1, 0, 2)
+    mixed = jax.lax.map(lambda head: _one_head(head[0], head[1], head[2], window), (q_heads, k_heads, v_heads))
+    return mixed.transpose(2, 0, 1, 3).reshape(q.shape)
+
+
+def _one_head(
+    q: Float[jax.Array, "g S F"], k: Float[jax.Array, "S F"], v: Float[jax.Array, "S F"], window: int | None
+) -> Float[jax.Array, "g S F"]:
+    length = q.shape[1]
+    size = max(_CHUNK, -(-length // _MAX_CHUNKS))
+    chunks = []
+    for start in range(0, length, size):
+        stop = min(start + size, length)
+        first = 0 if window is None else max(0, start - window + 1)
+        chunks.append(_chunk(q[:, start:stop], k[first:stop], v[first:stop], start - first, window))
+    return chunks[0] if len(chunks) == 1 else jnp.concatenate(chunks, axis=1)
+
+
+def _chunk(
+    q: Float[jax.Array, "g C F"], k: Float[jax.Array, "M F"], v: Float[jax.Array, "M F"], ahead: int, window: int | None
+) -> Float[jax.Array, "g C F"]:
+    """Attention of consecutive queries, the first of which stands `ahead` positions behind the first key."""
+    group, queries, width = q.shape
+    scores = jnp.matmul(q.reshape(-1, width), k.T, preferred_element_type=jnp.float32) * width**-0.5
+    distance = jnp.arange(queries)[:, None] + ahead - jnp.arange(k.shape[0])[None, :]
+    visible = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+    scores = jnp.where(visible[None], scores.reshape(group, queries, -1), -jnp.inf).reshape(group * queries, -1)
+    # Every query sees itself, so that its largest score is finite.
+    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    mixed = jnp.matmul(weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return (mixed / jnp.sum(weights, axis=-1, keepdims=True)).astype(v.dtype).reshape(q.shape)
