@@ -104,7 +104,10 @@ class ShardWriter:
         self._plan(list(specs), parse_size(max_shard_size))
         if not resume and self.folder.exists():
             shutil.rmtree(self.folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(error.errno, f"{self.folder} cannot be made: {error.strerror}; choose another place") from error
         for file in self._headers:
             self._guard(file, functools.partial(self._reserve, file))
 

@@ -412,6 +412,12 @@ def test_a_disk_that_is_too_small_is_found_out_before_anything_is_computed(tmp_p
     assert not (tmp_path / "out").exists()
 
 
+def test_a_place_that_cannot_be_written_to_is_named(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match=r"out\.partial cannot be made: Not a directory"):
+        save_hf(tiny.decoder(), tmp_path / "file" / "out", format="float")
+
+
 def test_a_writer_takes_only_what_was_planned(tmp_path: Path):
     writer = ShardWriter(tmp_path / "out", [TensorSpec("a", np.dtype(np.float16), (2, 3))])
     for wrong in (np.zeros((2, 3), np.float32), np.zeros((3, 2), np.float16)):
