@@ -12,7 +12,7 @@ from flax import nnx
 from converters.checkpoint import Checkpoint, open_checkpoint, read_json, resolve_folder
 from converters.encode import constant_words
 from converters.names import IGNORED, LEAVES, block_leaves, hf_module, leaves
-from jgptq.config import QuantizeConfig, group_rows
+from jgptq.config import BITS, QuantizeConfig, group_rows
 from jgptq.errors import ArchitectureError, CheckpointError
 from jgptq.models import Block, Decoder, ModelConfig, Origin, config_from_hf
 from jgptq.packed import PackedTensor, validate
@@ -40,11 +40,14 @@ def load_hf(source: str | Path, dtype: str = "auto") -> Decoder:
     folder = resolve_folder(source)
     hf = read_json(folder / "config.json")
     quantization = hf.pop("quantization_config", None)
+    if quantization is None and (folder / "quantize_config.json").exists():
+        quantization = {"quant_method": "gptq"} | read_json(folder / "quantize_config.json")
+    quantization = None if quantization is None else _check_method(quantization)
     config = config_from_hf(hf, dtype)
     checkpoint = open_checkpoint(folder)
     decoder = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
-    found = _fill(leaves(decoder), checkpoint, config, None if quantization is None else _check_method(quantization))
-    unexpected = [name for name in checkpoint.entries if name not in found and not name.endswith(IGNORED)]
+    found = _fill(leaves(decoder), checkpoint, config, quantization)
+    unexpected = [name for name in checkpoint.entries if name not in found and not _leftover(name, checkpoint)]
     if config.tie_word_embeddings:
         unexpected = [name for name in unexpected if name != "lm_head.weight"]
     if unexpected:
@@ -55,6 +58,13 @@ def load_hf(source: str | Path, dtype: str = "auto") -> Decoder:
     decoder.origin = Origin(folder=str(folder), hf_config=json.dumps(hf))
     decoder.quantization = None if quantization is None else _quantize_config(quantization)
     return decoder
+
+
+def _leftover(name: str, checkpoint: Checkpoint) -> bool:
+    """Whether a tensor that the model does not have may be passed over: old buffers, and biases of zeros beside codes."""
+    module, _, part = name.rpartition(".")
+    added = part == "bias" and f"{module}.qweight" in checkpoint.entries and not np.any(checkpoint.array(name))
+    return added or name.endswith(IGNORED)
 
 
 def load_block(index: int, config: ModelConfig, checkpoint: Checkpoint, quantization: dict[str, Any]) -> Block:
@@ -137,16 +147,27 @@ def _packed(
         return None
     used.update(parts.values())
     arrays = {part: checkpoint.array(full) for part, full in parts.items()}
+    if any(arrays[part].ndim != 2 for part in ("qweight", "scales", "qzeros")):
+        problems.append(f"  {name}: qweight, scales and qzeros must be matrices")
+        return None
     bits, remainder = divmod(arrays["qweight"].shape[0] * 32, k)
     groups = arrays["scales"].shape[0]
-    declared = quantization.get("group_size", -1)
+    if remainder or bits not in BITS or groups == 0 or arrays["qzeros"].shape != (groups, n * bits // 32):
+        shapes = ", ".join(f"{part} {list(arrays[part].shape)}" for part in ("qweight", "scales", "qzeros"))
+        problems.append(f"  {name}: {shapes} fit no width of {BITS} for K={k}, N={n}")
+        return None
+    declared = quantization["group_size"]
     group_size = declared if groups == -(-k // group_rows(k, declared)) else (-1 if groups == 1 else k // groups)
-    zeros = None if remainder else _zeros(arrays["qzeros"], bits, quantization.get("checkpoint_format", "gptq"))
+    order = _order(arrays.get("g_idx"), k, group_rows(k, group_size))
+    if order is not None and (order.min() < 0 or order.max() >= groups):
+        problems.append(f"  {name}.g_idx holds groups {order.min()} to {order.max()}, there are {groups}")
+        return None
+    zeros = _zeros(arrays["qzeros"], bits, quantization["checkpoint_format"])
     packed = PackedTensor(
         qweight=arrays["qweight"],
         scales=arrays["scales"],
         zeros=zeros,
-        order=_order(arrays.get("g_idx"), k, group_rows(k, group_size)),
+        order=order,
         bits=bits,
         group_size=group_size,
         shape=(k, n),
@@ -180,12 +201,23 @@ def _order(g_idx: np.ndarray | None, k: int, rows: int) -> np.ndarray | None:
 
 
 def _check_method(quantization: dict[str, Any]) -> dict[str, Any]:
+    """The quantization config, with what this module reads from it filled in and checked."""
     method = quantization.get("quant_method")
     if method != "gptq":
         raise ArchitectureError(
             f"config.json: quantization method {method!r} cannot be read; expected 'gptq' or a float checkpoint"
         )
-    return quantization
+    version = quantization.get("checkpoint_format") or quantization.get("format") or "gptq"
+    if version not in ("gptq", "gptq_v2"):
+        raise ArchitectureError(f"config.json: checkpoint_format {version!r} cannot be read; expected 'gptq' or 'gptq_v2'")
+    group_size = quantization.get("group_size")
+    if (
+        not isinstance(quantization.get("bits"), int)
+        or not isinstance(group_size, int)
+        or not (group_size == -1 or group_size > 0)
+    ):
+        raise CheckpointError("config.json: quantization_config needs bits and group_size as integers; fetch the file again")
+    return quantization | {"checkpoint_format": version}
 
 
 def _quantize_config(quantization: dict[str, Any]) -> QuantizeConfig:

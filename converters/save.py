@@ -1,8 +1,11 @@
 """Decoder -> folder: GPTQ v1 and v2, or float."""
 
+import errno
+import functools
 import json
 import shutil
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +14,11 @@ import numpy as np
 from converters.encode import encode_float, encode_packed, float_specs, packed_specs
 from converters.names import hf_module, leaves
 from converters.quantization import Format, check_format, quantization_config, reader_warnings
-from converters.shards import ShardWriter, TensorSpec, refuse_existing
-from jgptq.errors import ConfigError
+from converters.shards import JOURNAL, ShardWriter, TensorSpec, partial_folder, refuse_existing
+from jgptq.config import QuantizeConfig
+from jgptq.errors import ConfigError, OutputError
 from jgptq.models import Decoder, config_to_hf
 from jgptq.packed import PackedTensor
-from jgptq.plan import plan_block
 
 COPIED = (
     "tokenizer.json",
@@ -55,10 +58,15 @@ def save_hf(
     """
     out = Path(folder)
     refuse_existing(out, overwrite)
+    if (partial_folder(out) / JOURNAL).exists() and not overwrite:
+        message = f"{partial_folder(out)} holds an unfinished run; finish it, delete it, or pass overwrite=True"
+        raise OutputError(errno.EEXIST, message)
     if format != "float" and params.quantization is None:
         raise ConfigError("the decoder holds no packed kernels; quantize it first, or write it with format='float'")
     if params.quantization is not None:
         check_format(format, params.quantization)
+        if format != "float":
+            _check_uniform(params, params.quantization)
         for warning in reader_warnings(params.quantization, format):
             warnings.warn(warning, UserWarning, stacklevel=2)
     writer = ShardWriter(out, _specs(params, format), max_shard_size=max_shard_size)
@@ -84,23 +92,37 @@ def write_settings(writer: ShardWriter, params: Decoder, file_format: str) -> No
     origin = params.origin
     hf = config_to_hf(params.config, stored) if origin is None else json.loads(origin.hf_config)
     if file_format != "float" and params.quantization is not None:
-        quantization = quantization_config(params.quantization, file_format, kept_float(params), len(params.layers))
+        kernels = dict(_block_kernels(params))
+        kept = [path for path, kernel in kernels.items() if not isinstance(kernel, PackedTensor)]
+        quantization = quantization_config(params.quantization, file_format, kept, len(params.layers))
+        packed_head = params.lm_head is not None and isinstance(params.lm_head.kernel.get_value(), PackedTensor)
+        shuffled = any(isinstance(kernel, PackedTensor) and kernel.order is not None for kernel in kernels.values())
+        quantization |= {"lm_head": packed_head, "desc_act": shuffled}
+        if shuffled:
+            warnings.warn("vLLM refuses desc_act with groups; GPTQModel loads it", UserWarning, stacklevel=3)
         hf["quantization_config"] = quantization
         writer.write_text("quantize_config.json", json.dumps(quantization, indent=2) + "\n")
     writer.write_text("config.json", json.dumps(hf, indent=2) + "\n")
     for name in COPIED:
         if origin is not None and (Path(origin.folder) / name).is_file():
-            shutil.copyfile(Path(origin.folder) / name, writer.folder / name)
+            writer.guard(name, functools.partial(shutil.copyfile, Path(origin.folder) / name, writer.folder / name))
 
 
-def kept_float(params: Decoder) -> list[str]:
-    """Paths of the linears of the blocks that are not packed, or will not be where none is yet."""
-    paths = []
+def _block_kernels(params: Decoder) -> Iterator[tuple[str, Any]]:
+    """Paths of the linears of all blocks, with their kernels."""
     for index, block in enumerate(params.layers):
-        for plan in plan_block(block):
-            if plan.kept_float is not None:
-                paths += [f"layers.{index}.{name}" for name in plan.names]
-    return paths
+        for stage in block.stages():
+            for name, linear in zip(stage.names, stage.linears, strict=True):
+                yield f"layers.{index}.{name}", linear.kernel.get_value()
+
+
+def _check_uniform(params: Decoder, config: QuantizeConfig) -> None:
+    """One file has one width and group size for all: refuses what was loaded from a file with rules of its own."""
+    for path, kernel in _block_kernels(params):
+        if isinstance(kernel, PackedTensor) and (kernel.bits, kernel.group_size) != (config.bits, config.group_size):
+            found = f"{kernel.bits} bits in groups of {kernel.group_size}"
+            expected = f"{config.bits} bits in groups of {config.group_size}"
+            raise ConfigError(f"{path} has {found}, the others {expected}; such mixtures can be written as format='float' only")
 
 
 def _specs(params: Decoder, file_format: str) -> list[TensorSpec]:

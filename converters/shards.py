@@ -14,6 +14,7 @@ import math
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ import numpy as np
 
 from converters.checkpoint import DTYPES, INDEX, SINGLE
 from jgptq.errors import ConfigError, OutputError
+
+JOURNAL = "progress.jsonl"
+"""In a folder that is not whole yet: the run that writes it, and the blocks that it has finished."""
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -74,8 +78,10 @@ def refuse_existing(out: Path, overwrite: bool) -> None:
     """Refuses to write where something is.
 
     Raises:
-      OutputError: `out` exists and may not be replaced.
+      OutputError: `out` exists and may not be replaced, or is no folder.
     """
+    if os.path.lexists(out) and (out.is_symlink() or not out.is_dir()):
+        raise OutputError(errno.EEXIST, f"{out} exists and is a file or a link; choose another folder")
     if out.exists() and not overwrite:
         raise OutputError(
             errno.EEXIST, f"{out} exists; choose another folder, or pass --overwrite (overwrite=True) to replace it"
@@ -102,14 +108,19 @@ class ShardWriter:
         self._headers: dict[str, bytes] = {}
         self._sizes: dict[str, int] = {}
         self._plan(list(specs), parse_size(max_shard_size))
-        if not resume and self.folder.exists():
-            shutil.rmtree(self.folder)
+        if not resume:
+            self._clear()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(error.errno, f"{self.folder} cannot be made: {error.strerror}; choose another place") from error
-        for file in self._headers:
-            self._guard(file, functools.partial(self._reserve, file))
+        try:
+            for file in self._headers:
+                self.guard(file, functools.partial(self._reserve, file))
+        except OutputError:
+            if not resume:
+                shutil.rmtree(self.folder)  # nothing is in it yet, and what it took would keep the disk full
+            raise
 
     @property
     def files(self) -> list[str]:
@@ -132,17 +143,16 @@ class ShardWriter:
             planned = f"{place.spec.dtype} {list(place.spec.shape)}"
             raise ValueError(f"{name}: planned as {planned}, given {array.dtype} {list(array.shape)}")
         raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        self._guard(place.file, lambda: self._write_at(place.file, place.start, raw))
+        self.guard(place.file, lambda: self._write_at(place.file, place.start, raw))
 
     def sync(self) -> None:
-        """Forces what was written to the disk."""
-        for file in self._headers:
-            with (self.folder / file).open("rb") as stream:
-                self._guard(file, functools.partial(os.fsync, stream.fileno()))
+        """Forces what was written to the disk, the folder's own list of files included."""
+        for path in (*self.folder.iterdir(), self.folder):
+            self.guard(path.name, functools.partial(_sync_path, path))
 
     def write_text(self, name: str, text: str) -> None:
         """Writes a small file beside the shards."""
-        self._guard(name, lambda: (self.folder / name).write_text(text, encoding="utf-8"))
+        self.guard(name, lambda: (self.folder / name).write_text(text, encoding="utf-8"))
 
     def finish(self) -> Path:
         """Writes the index, and renames the folder: from here on it is whole.
@@ -155,13 +165,26 @@ class ShardWriter:
             index = {"metadata": {"total_size": total}, "weight_map": {name: place.file for name, place in self._places.items()}}
             self.write_text(INDEX, json.dumps(index, indent=2) + "\n")
         self.sync()
-        replaced = self.out.with_name(self.out.name + ".replaced")
-        if self.out.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
-            self.out.rename(replaced)
-        self.folder.rename(self.out)
-        shutil.rmtree(replaced, ignore_errors=True)
+        self.guard("", self._rename)
         return self.out
+
+    def _rename(self) -> None:
+        if self.out.exists():
+            with tempfile.TemporaryDirectory(dir=self.out.parent, prefix=f"{self.out.name}.replaced.") as scratch:
+                self.out.rename(Path(scratch) / "old")
+                self.folder.rename(self.out)
+        else:
+            self.folder.rename(self.out)
+        _sync_path(self.out.parent)
+
+    def _clear(self) -> None:
+        """Removes what another write left, and nothing that is not one's own."""
+        if not self.folder.exists():
+            return
+        names = [path.name for path in self.folder.iterdir()]
+        if names and not any(name.startswith("model") and name.endswith(".safetensors") for name in names):
+            raise OutputError(errno.EEXIST, f"{self.folder} is in the way and no run made it; move it, or choose another name")
+        shutil.rmtree(self.folder)
 
     def _plan(self, specs: list[TensorSpec], limit: int) -> None:
         shards: list[list[TensorSpec]] = [[]]
@@ -200,13 +223,25 @@ class ShardWriter:
             stream.seek(start)
             stream.write(raw.data)
 
-    def _guard(self, file: str, action: Callable[[], object]) -> None:
-        """Runs an action on a file; a full disk becomes an error that says what is needed."""
+    def guard(self, file: str, action: Callable[[], object]) -> None:
+        """Runs an action on a file of the folder; a full disk becomes an error that says what is needed.
+
+        Raises:
+          OutputError: the action raised an OSError.
+        """
         try:
             action()
         except OSError as error:
             needed = sum(self._sizes.values())
             free = shutil.disk_usage(self.folder).free
             message = f"{self.folder / file}: {error.strerror}; the result needs {needed} bytes, {free} are free. "
-            kept = "Finished blocks are kept: free some space, or choose another disk, and run the same command again"
-            raise OutputError(error.errno, message + kept) from error
+            advice = "Free some space, or choose another disk, and run it again: a run goes on behind the blocks it had finished"
+            raise OutputError(error.errno, message + advice) from error
+
+
+def _sync_path(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

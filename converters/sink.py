@@ -16,14 +16,13 @@ from converters.load import load_block
 from converters.names import block_leaves, hf_module, leaves
 from converters.quantization import Format, check_format, quantization_config, reader_warnings
 from converters.save import encode_leaf, write_settings
-from converters.shards import ShardWriter, TensorSpec, parse_size, partial_folder, refuse_existing
+from converters.shards import JOURNAL, ShardWriter, TensorSpec, parse_size, partial_folder, refuse_existing
 from jgptq.config import QuantizeConfig
 from jgptq.errors import ConfigError, OutputError
 from jgptq.models import Block, Decoder
 from jgptq.plan import plan_decoder
 from jgptq.summary import LinearReport, Report, row_to_dict
 
-JOURNAL = "progress.jsonl"
 REPORT = "quantize_report.json"
 
 
@@ -116,7 +115,13 @@ class FolderSink:
 
         Returns:
           The finished folder.
+
+        Raises:
+          ConfigError: the decoder was quantized with other settings than this sink was made for.
+          OutputError: the disk is full; the finished blocks stay where they are.
         """
+        if qparams.quantization != self._config:
+            raise ConfigError("the decoder was quantized with other settings than the sink's; give both the same config")
         for path, module, attribute in leaves(qparams):
             if not path.startswith("layers."):
                 leaf = getattr(module, attribute).get_value()
@@ -124,8 +129,10 @@ class FolderSink:
                     self._writer.write(name, array)
         write_settings(self._writer, qparams, self._format)
         self._writer.write_text(REPORT, report.to_json() + "\n")
-        self._journal.unlink()
-        return self._writer.finish()
+        folder = self._writer.finish()
+        # The journal goes last: until the folder is whole, a run that fails finds all its blocks again.
+        (folder / JOURNAL).unlink()
+        return folder
 
     def _specs(self) -> list[TensorSpec]:
         plans = plan_decoder(self._params, self._config)
@@ -150,10 +157,10 @@ class FolderSink:
         """Whether there is an unfinished run to continue."""
         if not self._journal.exists():
             return False
-        first = self._journal.read_text(encoding="utf-8").splitlines()[:1]
-        if first == [json.dumps({"run": self._run})]:
+        first, newline, _ = self._journal.read_text(encoding="utf-8").partition("\n")
+        if first == json.dumps({"run": self._run}) and newline:
             return True
-        if overwrite:
+        if overwrite or not newline:  # a first line that was cut short names no run, and no block is behind it
             return False
         message = f"{self._journal.parent} holds an unfinished run with other settings, tokens or weights; "
         raise OutputError(
@@ -162,23 +169,31 @@ class FolderSink:
 
     def _drop_cut_line(self) -> None:
         """A last line that a stop cut short is a block that was not finished."""
-        text = self._journal.read_text(encoding="utf-8")
-        self._journal.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
+        raw = self._journal.read_bytes()
+        if not raw.endswith(b"\n"):
+            os.truncate(self._journal, raw.rfind(b"\n") + 1)
 
     def _append(self, line: dict) -> None:
-        with self._journal.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(line) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
+        def write() -> None:
+            with self._journal.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(line) + "\n")
+                stream.flush()
+                os.fsync(stream.fileno())
+
+        self._writer.guard(JOURNAL, write)
 
 
 def _fingerprint(params: Decoder, config: QuantizeConfig, calib: np.ndarray | None, *settings: object) -> str:
-    """Names a run: settings, tokens, and the model by its config and the sizes and times of its files."""
+    """Names a run: settings, tokens, and the model: its config, its files' sizes and times, and all that is not in them."""
     digest = hashlib.sha256(repr((dataclasses.asdict(config), params.config, settings)).encode())
     if calib is not None:
         digest.update(np.ascontiguousarray(calib, np.int32).tobytes())
     if params.origin is not None:
         digest.update(params.origin.hf_config.encode())
-        for path in sorted(Path(params.origin.folder).glob("*.safetensors")):
-            digest.update(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}".encode())
+        for file in sorted(Path(params.origin.folder).glob("*.safetensors")):
+            digest.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
+    for path, module, attribute in leaves(params):
+        leaf = getattr(module, attribute).get_value()
+        if not isinstance(leaf, np.memmap):
+            digest.update(f"{path}.{attribute}".encode() + np.asarray(leaf).tobytes())
     return digest.hexdigest()

@@ -162,10 +162,13 @@ def demo(
     Example: jgptq demo --out tinycode-int4
     """
     from converters import load_hf
+    from converters.shards import refuse_existing
     from jgptq import tinycode
     from jgptq.demo import DemoFailed, check_order, compare, demo_tokens, export_and_reload, sources
     from jgptq.report import comparison_table
 
+    if out is not None:
+        refuse_existing(out, overwrite=False)
     folder = model or tinycode.FOLDER
     calib_text, eval_text = sources(folder, calib, data)
     rows, tokens = demo_tokens(folder, calib_text, eval_text, samples, seq_len)
@@ -176,13 +179,13 @@ def demo(
         if (variant.method, variant.bits) == ("GPTQ", "4"):
             exported = (params, variant.perplexity)
     _print(comparison_table(f"{Path(folder).name}: group {group_size}, {len(tokens)} held-out tokens", variants))
-    check_order(variants)
     if exported is None:
         raise DemoFailed("no 4-bit model was made")
     where, reloaded = export_and_reload(exported[0], out, tokens, seq_len)
     typer.echo(f"4-bit export {where if out else ''} read back: perplexity {reloaded:.4f}, in memory {exported[1]:.4f}")
     if reloaded != exported[1]:
         raise DemoFailed("the export does not give the perplexity of the model that was exported")
+    check_order(variants)
 
 
 def _print(table: Any) -> None:

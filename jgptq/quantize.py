@@ -104,6 +104,9 @@ def quantize(
     sink = MemorySink() if sink is None else sink
     started = time.monotonic()
     finished = sink.done()
+    for name, module in (("embed_tokens", params.embed_tokens), ("norm", params.norm), ("lm_head", params.lm_head)):
+        if module is not None:
+            _check_finite(name, to_device(module))
     carries = _embed(params, batches)
     with Progress(sum(len(plan) for plan in plans), progress) as bar:
         for index, (block, plan) in enumerate(zip(params.layers, plans, strict=True)):
@@ -211,6 +214,7 @@ def _quantize_block(
 ) -> tuple[Block, Rows]:
     """Quantizes one block and moves the batches through it; returns it packed, with its report rows."""
     work = to_device(block)
+    _check_finite(f"layers.{index}", work)
     packed: dict[str, PackedTensor] = {}
     rows: list[LinearReport] = []
     for number, (stage, decision) in enumerate(zip(work.stages(), plan, strict=True)):
@@ -229,6 +233,18 @@ def _quantize_block(
             _advance_all(work, carries, number)
         bar.advance()
     return _with_kernels(block, packed), tuple(rows)
+
+
+_finite = jax.jit(lambda leaves: [jnp.all(jnp.isfinite(leaf)) for leaf in leaves])
+
+
+def _check_finite(path: str, module: nnx.Module) -> None:
+    """Raises an error that names every leaf of a module that holds NaN or infinity."""
+    named = jax.tree_util.tree_flatten_with_path(module)[0]
+    found = _finite([leaf for _, leaf in named])
+    bad = [f"{path}{jax.tree_util.keystr(keys[:-1])}" for (keys, _), finite in zip(named, found, strict=True) if not bool(finite)]
+    if bad:
+        raise NumericalError(f"{', '.join(bad)}: {Outcome.NONFINITE_WEIGHTS.message}")
 
 
 def _solve_stage(
@@ -264,8 +280,6 @@ def _solve_checked(
     if rescuable and config.allow_rtn_fallback:
         return _solve(kernels, total, dataclasses.replace(config, method="rtn")), outcome.message
     names = [prefix + name for name in stage.names]
-    if outcome is Outcome.NONFINITE_WEIGHTS:
-        names = [name for name, kernel in zip(names, kernels, strict=True) if not bool(jnp.all(jnp.isfinite(kernel)))]
     hint = " To round such linears and go on, pass allow_rtn_fallback=True (--allow-rtn-fallback)." if rescuable else ""
     raise NumericalError(f"{', '.join(names)}: {outcome.message}{hint}")
 

@@ -1,6 +1,7 @@
 """The driver: what it solves, on what inputs, and what it does when something is wrong."""
 
 import dataclasses
+import re
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import tiny
 
 import jgptq
 from converters import FolderSink, load_hf, save_hf
+from converters.shards import ShardWriter
 from jgptq.errors import CalibrationError, ConfigError, NumericalError, OutputError
 from jgptq.models import Block, Carry
 from jgptq.packed import PackedTensor
@@ -175,14 +177,14 @@ def test_weights_that_are_not_finite_are_named(value: float):
     kernel = params.layers[1].self_attn.k_proj.kernel
     kernel.set_value(kernel.get_value().at[3, 5].set(value))
     for method in ("gptq", "rtn"):
-        with pytest.raises(NumericalError, match=r"^layers\.1\.self_attn\.k_proj: The weights hold NaN"):
+        with pytest.raises(NumericalError, match=r"^layers\.1\.self_attn\.k_proj\.kernel: The weights hold NaN"):
             jgptq.quantize(params, tiny.tokens(), method=method, **SETTINGS)
 
 
 def test_activations_that_are_not_finite_are_named_where_they_are_read():
     params = tiny.decoder()
     scale = params.layers[1].post_attention_layernorm.scale
-    scale.set_value(scale.get_value().at[0].set(np.inf))
+    scale.set_value(jnp.full(scale.get_value().shape, 3e38, jnp.float32))  # finite, and overflows what it multiplies
     with pytest.raises(NumericalError, match=r"layers\.1\.mlp\.gate_proj, layers\.1\.mlp\.up_proj: The activations hold NaN"):
         jgptq.quantize(params, tiny.tokens(), **SETTINGS)
 
@@ -274,3 +276,85 @@ def test_a_run_that_is_refused_leaves_nothing_behind(tmp_path: Path, checkpoint)
     with pytest.raises(CalibrationError):
         jgptq.quantize(checkpoint, None, group_size=32, sink=sink)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+def test_a_finish_that_fails_loses_no_block(tmp_path: Path, checkpoint, monkeypatch: pytest.MonkeyPatch):
+    calib, settings = tiny.tokens(), jgptq.QuantizeConfig(**SETTINGS)
+    sink = FolderSink(tmp_path / "out", checkpoint, settings, calib)
+    result = jgptq.quantize(checkpoint, calib, config=settings, sink=sink)
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "_rename", lambda self: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(OutputError, match="No space left"):
+            sink.finish(*result)
+    solved = []
+    real = DRIVER._solve
+    monkeypatch.setattr(DRIVER, "_solve", lambda *args: solved.append(args) or real(*args))
+    again = FolderSink(tmp_path / "out", checkpoint, settings, calib)
+    again.finish(*jgptq.quantize(checkpoint, calib, config=settings, sink=again))
+    assert solved == []
+    assert not (tmp_path / "out" / "progress.jsonl").exists()
+    assert len(load_hf(tmp_path / "out").layers) == 2
+
+
+def test_a_disk_that_fills_during_a_run_keeps_the_finished_blocks(tmp_path: Path, checkpoint, monkeypatch: pytest.MonkeyPatch):
+    calib, settings = tiny.tokens(), jgptq.QuantizeConfig(**SETTINGS)
+    real = ShardWriter._write_at
+
+    def full(self, file: str, start: int, raw: np.ndarray) -> None:
+        if len(sink.done()) == 1:
+            raise OSError(28, "No space left on device")
+        real(self, file, start, raw)
+
+    sink = FolderSink(tmp_path / "out", checkpoint, settings, calib)
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "_write_at", full)
+        with pytest.raises(OutputError, match=r"No space left on device.*goes on behind the blocks"):
+            jgptq.quantize(checkpoint, calib, config=settings, sink=sink)
+    again = FolderSink(tmp_path / "out", checkpoint, settings, calib)
+    assert list(again.done()) == [0]
+    again.finish(*jgptq.quantize(checkpoint, calib, config=settings, sink=again))
+    assert len(load_hf(tmp_path / "out").layers) == 2
+
+
+def test_a_run_is_not_continued_with_other_weights(tmp_path: Path):
+    calib, settings = tiny.tokens(), jgptq.QuantizeConfig(**SETTINGS)
+    first = StoppingSink(tmp_path / "out", tiny.decoder(seed=0), settings, calib)
+    with pytest.raises(Stopped):
+        jgptq.quantize(tiny.decoder(seed=0), calib, config=settings, sink=first)
+    with pytest.raises(OutputError, match="other settings, tokens or weights"):
+        FolderSink(tmp_path / "out", tiny.decoder(seed=1), settings, calib)
+    assert list(FolderSink(tmp_path / "out", tiny.decoder(seed=0), settings, calib).done()) == [0]
+
+
+def test_saving_over_an_unfinished_run_is_refused(tmp_path: Path, checkpoint):
+    calib, settings = tiny.tokens(), jgptq.QuantizeConfig(**SETTINGS)
+    with pytest.raises(Stopped):
+        jgptq.quantize(checkpoint, calib, config=settings, sink=StoppingSink(tmp_path / "out", checkpoint, settings, calib))
+    with pytest.raises(OutputError, match="unfinished run"):
+        save_hf(tiny.decoder(), tmp_path / "out", format="float")
+    assert (tmp_path / "out.partial" / "progress.jsonl").exists()
+
+
+def test_a_sink_takes_only_the_run_that_it_was_made_for(tmp_path: Path, checkpoint):
+    sink = FolderSink(tmp_path / "out", checkpoint, jgptq.QuantizeConfig(**SETTINGS), None)
+    result = jgptq.quantize(checkpoint, method="rtn", **SETTINGS)
+    with pytest.raises(ConfigError, match="other settings than the sink"):
+        sink.finish(*result)
+
+
+@pytest.mark.parametrize(
+    ("path", "method"),
+    [
+        ("embed_tokens.embedding", "gptq"),
+        ("norm.scale", "rtn"),
+        ("lm_head.kernel", "rtn"),
+        ("layers.1.mlp.up_proj.bias", "rtn"),
+    ],
+)
+def test_every_leaf_that_is_not_finite_is_named(path: str, method: str):
+    params = tiny.decoder(mlp_bias=True)
+    module = params.layers[1].mlp.up_proj if path.startswith("layers") else getattr(params, path.split(".")[0])
+    param = getattr(module, path.rpartition(".")[2])
+    param.set_value(param.get_value().at[0].set(np.nan))
+    with pytest.raises(NumericalError, match=rf"^{re.escape(path)}: The weights hold NaN"):
+        jgptq.quantize(params, tiny.tokens(), method=method, **SETTINGS)
