@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from jgptq.config import QuantizeConfig
 from jgptq.errors import ConfigError
 from jgptq.solver import Outcome, round_to_nearest, solve
-from jgptq.solver.cholesky import damped_inverse_factor, inverse_factor
+from jgptq.solver.cholesky import damped_inverse_factor, inverse_cholesky, inverse_factor
 from jgptq.solver.grid import minmax_grid
 from jgptq.solver.hessian import accumulate, empty, hessian
 from jgptq.solver.order import group_order
@@ -134,6 +134,15 @@ def test_inverse_factor_is_upper_and_factors_the_inverse(problem):
     u_kk = np.asarray(inverse_factor(jnp.asarray(h_kk, jnp.float32)), np.float64)
     np.testing.assert_array_equal(np.tril(u_kk, -1), 0)
     np.testing.assert_allclose(u_kk.T @ u_kk @ h_kk, np.eye(K), atol=2e-3)
+
+
+@pytest.mark.parametrize("k", [256, 257, 600, 1100])
+def test_inverse_cholesky_by_halves_is_the_inverse_of_the_factor(k: int):
+    inputs = np.random.default_rng(k).normal(size=(2 * k, k))
+    a_kk = inputs.T @ inputs / k
+    found = np.asarray(inverse_cholesky(jnp.asarray(a_kk, jnp.float32)))
+    np.testing.assert_array_equal(np.triu(found, 1), 0)
+    np.testing.assert_allclose(found, np.linalg.inv(np.linalg.cholesky(a_kk)), atol=2e-4)
 
 
 def test_hessian_is_two_over_t_times_the_sum_over_batches():
