@@ -82,9 +82,15 @@ def run(args: argparse.Namespace) -> dict[str, object]:
             "torch_threads": torch.get_num_threads(),
             "cpu_workers": int(os.environ["GPTQMODEL_CPU_WORKERS"]),
             "cpu_count": os.cpu_count(),
-            "quantize_config": {"damp_percent": config.damp_percent, **config.to_dict()},
+            "quantize_config": {"damp_percent": config.damp_percent, **without_paths(config.to_dict())},
         },
     }
+
+
+def without_paths(settings: dict[str, object]) -> dict[str, object]:
+    """The settings less the scratch folder of this run."""
+    kept = {name: value for name, value in settings.items() if not name.endswith("_path")}
+    return {name: without_paths(value) if isinstance(value, dict) else value for name, value in kept.items()}
 
 
 def parse_args() -> argparse.Namespace:
