@@ -27,7 +27,8 @@ SAMPLES, SEQ_LEN = 32, 512
 
 def run(command: list[str], result: Path) -> dict[str, Any]:
     """Runs one job and reads what it measured."""
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(HERE.parent)}, check=False)
+    env = os.environ | {"PYTHONPATH": str(HERE.parent)}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=result.parent, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
     return json.loads(result.read_text())

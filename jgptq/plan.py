@@ -58,3 +58,14 @@ def plan_decoder(params: Decoder, config: QuantizeConfig) -> list[tuple[StagePla
             f"group_size {config.group_size} does not divide K: {'; '.join(unfit)}. Sizes that fit every linear: {fitting}"
         )
     return plans
+
+
+def packed_widths(params: Decoder, plans: list[tuple[StagePlan, ...]]) -> dict[int, list[int]]:
+    """The out-features of every stage that is packed, all its linears together, by the in-features that the stage reads."""
+    widths: dict[int, list[int]] = {}
+    for block, plan in zip(params.layers, plans, strict=True):
+        for stage, decision in zip(block.stages(), plan, strict=True):
+            if decision.kept_float is None:
+                shapes = [linear.kernel.get_value().shape for linear in stage.linears]
+                widths.setdefault(shapes[0][0], []).append(sum(n for _, n in shapes))
+    return widths

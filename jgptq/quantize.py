@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -21,16 +21,19 @@ from jgptq.config import QuantizeConfig
 from jgptq.errors import CalibrationError, ConfigError, NumericalError
 from jgptq.hostmem import to_device
 from jgptq.models import Block, Carry, Decoder, Stage
-from jgptq.notation import Array, Float, Int
-from jgptq.packed import PackedTensor, pack
-from jgptq.plan import StagePlan, plan_decoder
+from jgptq.notation import Array, Int
+from jgptq.packed import PackedTensor
+from jgptq.plan import StagePlan, packed_widths, plan_decoder
 from jgptq.progress import Progress
-from jgptq.solver import Outcome, Solution, round_to_nearest, solve
-from jgptq.solver.hessian import HessianSum, accumulate, empty, hessian
+from jgptq.solver import Outcome, Prepared
+from jgptq.solver.hessian import HessianSum, accumulate, empty
+from jgptq.solving import SolvedLinear, SolvedStage, prepare_stage, solve_stage, tile_columns
 from jgptq.summary import KEPT_FLOAT, LinearReport, Report
 
+CPU_BATCH_TOKENS = 1024
 BATCH_TOKENS = 4096
-"""Tokens in one calibration batch, unless a single sample is longer."""
+"""Tokens in one calibration batch, unless a single sample is longer. What a batch makes on its way through a stage should fit a
+CPU's cache, and fill a GPU."""
 
 Rows = tuple[LinearReport, ...]
 
@@ -62,6 +65,15 @@ class MemorySink:
         self._blocks[index] = (jax.tree.map(np.asarray, block), rows)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Run:
+    """What holds for every block."""
+
+    config: QuantizeConfig
+    dtype: jnp.dtype  # that activations and expanded kernels are computed in
+    columns: Mapping[int, int]  # K -> columns that are solved at once
+
+
 def quantize(
     params: Decoder,
     calib: Int[Array, "samples S"] | None = None,
@@ -81,7 +93,7 @@ def quantize(
       params: the decoder; leaves may be views of a mapped file, a block is read when its turn comes.
       calib: int32 token ids `[samples, seq_len]`; may be None for method "rtn", whose losses are then not measured.
       config: the settings as one object, instead of keywords.
-      batch_size: samples that are run at once; by default about 4096 tokens' worth.
+      batch_size: samples that are run at once; by default about 4096 tokens' worth, 1024 on a CPU.
       sink: where blocks go when they are finished; by default host memory. Blocks that it holds already are not solved again.
       progress: whether to draw a progress bar; by default only on a terminal.
       **settings: fields of `QuantizeConfig`: bits, group_size, sym, method, order, damping, allow_rtn_fallback.
@@ -108,15 +120,17 @@ def quantize(
         if module is not None:
             _check_finite(name, to_device(module))
     carries = _embed(params, batches)
+    columns = {k: tile_columns(widths) for k, widths in packed_widths(params, plans).items()}
+    run = _Run(config=config, dtype=params.config.compute_dtype, columns=columns)
     with Progress(sum(len(plan) for plan in plans), progress) as bar:
         for index, (block, plan) in enumerate(zip(params.layers, plans, strict=True)):
             last = index == len(plans) - 1
             if index in finished:
                 if not last:
-                    _pass_through(finished[index][0], carries)
+                    _pass_through(finished[index][0], carries, run.dtype)
                 bar.advance(f"layers.{index} was done", len(plan))
                 continue
-            packed, rows = _quantize_block(index, block, plan, carries, last, config, bar)
+            packed, rows = _quantize_block(index, block, plan, carries, last, run, bar)
             sink.write(index, packed, rows)
     finished = sink.done()
     blocks = [finished[index] for index in range(len(plans))]
@@ -150,7 +164,8 @@ def _batches(params: Decoder, calib: Array | None, batch_size: int | None, confi
     samples, length = tokens.shape
     if batch_size is not None and batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1, found {batch_size}")
-    limit = max(1, BATCH_TOKENS // length) if batch_size is None else batch_size
+    tokens_at_once = CPU_BATCH_TOKENS if jax.default_backend() == "cpu" else BATCH_TOKENS
+    limit = max(1, tokens_at_once // length) if batch_size is None else batch_size
     rows = max(size for size in range(1, min(limit, samples) + 1) if samples % size == 0)
     return [tokens[start : start + rows].astype(np.int32) for start in range(0, samples, rows)]
 
@@ -177,40 +192,8 @@ def _advance(block: Block, carry: Carry, *, stage: int) -> Carry:
     return block.stages()[stage](carry)
 
 
-class _SolvedLinear(NamedTuple):
-    """One linear of a solved stage."""
-
-    packed: PackedTensor
-    kernel: Float[jax.Array, "K N"]  # float32, expanded
-    loss: Float[jax.Array, ""]
-    rtn_loss: Float[jax.Array, ""]
-
-
-class _SolvedStage(NamedTuple):
-    """The linears of a stage, solved as one wide matrix."""
-
-    linears: tuple[_SolvedLinear, ...]
-    damping: Float[jax.Array, ""]
-    outcome: Int[jax.Array, ""]
-
-
-@functools.partial(jax.jit, static_argnames="config")
-def _solve(kernels: tuple[jax.Array, ...], total: HessianSum | None, config: QuantizeConfig) -> _SolvedStage:
-    """All that is computed for a stage between its Hessian's last batch and the packed result, as one program."""
-    wide_kn = jnp.concatenate([kernel.astype(jnp.float32) for kernel in kernels], axis=1)
-    solution = round_to_nearest(wide_kn, config) if total is None else solve(wide_kn, hessian(total), config)
-    linears, start = [], 0
-    for kernel in kernels:
-        part = _columns(solution, start, start + kernel.shape[1])
-        start += kernel.shape[1]
-        zero_gn = None if config.sym else part.zero_gn
-        packed = pack(part.codes_kn, part.scale_gn, zero_gn, bits=config.bits, group_size=config.group_size)
-        linears.append(_SolvedLinear(packed, part.dequantize(), jnp.sum(part.loss_n), jnp.sum(part.rtn_loss_n)))
-    return _SolvedStage(tuple(linears), solution.damping, solution.outcome)
-
-
 def _quantize_block(
-    index: int, block: Block, plan: Sequence[StagePlan], carries: list[Carry], last: bool, config: QuantizeConfig, bar: Progress
+    index: int, block: Block, plan: Sequence[StagePlan], carries: list[Carry], last: bool, run: _Run, bar: Progress
 ) -> tuple[Block, Rows]:
     """Quantizes one block and moves the batches through it; returns it packed, with its report rows."""
     work = to_device(block)
@@ -226,7 +209,7 @@ def _quantize_block(
                 for name, linear in zip(stage.names, stage.linears, strict=True)
             ]
         else:
-            solved, stage_rows = _solve_stage(prefix, work, number, stage, carries, config)
+            solved, stage_rows = _solve_stage(prefix, work, number, stage, carries, run)
             rows += stage_rows
             packed |= solved
         if not (last and number == len(plan) - 1):
@@ -248,18 +231,14 @@ def _check_finite(path: str, module: nnx.Module) -> None:
 
 
 def _solve_stage(
-    prefix: str, work: Block, number: int, stage: Stage, carries: list[Carry], config: QuantizeConfig
+    prefix: str, work: Block, number: int, stage: Stage, carries: list[Carry], run: _Run
 ) -> tuple[dict[str, PackedTensor], list[LinearReport]]:
     """Solves the linears of a stage, and puts their expanded kernels into `work`."""
     started = time.monotonic()
-    kernels = tuple(jnp.asarray(linear.kernel.get_value()) for linear in stage.linears)
-    total = empty(kernels[0].shape[0]) if carries else None
-    for carry in carries:
-        total = _observe(work, carry, total, stage=number)
-    tokens = 0 if total is None else int(total.tokens)
-    solved, note = _solve_checked(prefix, stage, kernels, total, config)
+    prepared, tokens = _prepare(work, number, stage, carries, run.config)
+    solved, note = _solve_checked(prefix, stage, prepared, run)
     seconds = time.monotonic() - started
-    width = sum(kernel.shape[1] for kernel in kernels)
+    width = sum(result.packed.shape[1] for result in solved.linears)
     packed, rows = {}, []
     for name, linear, result in zip(stage.names, stage.linears, solved.linears, strict=True):
         packed[name] = result.packed
@@ -268,35 +247,43 @@ def _solve_stage(
     return packed, rows
 
 
-def _solve_checked(
-    prefix: str, stage: Stage, kernels: tuple[jax.Array, ...], total: HessianSum | None, config: QuantizeConfig
-) -> tuple[_SolvedStage, str]:
+def _prepare(work: Block, number: int, stage: Stage, carries: list[Carry], config: QuantizeConfig) -> tuple[Prepared | None, int]:
+    """The Hessian of what a stage reads, prepared for its linears, and how many tokens were summed."""
+    if not carries:
+        return None, 0
+    total = empty(stage.linears[0].kernel.get_value().shape[0])
+    for carry in carries:
+        total = _observe(work, carry, total, stage=number)
+    return prepare_stage(total, config), int(total.tokens)
+
+
+def _solve_checked(prefix: str, stage: Stage, prepared: Prepared | None, run: _Run) -> tuple[SolvedStage, str]:
     """A usable solution and what there is to say of it; a failed solve is an error, unless the caller allowed rounding."""
-    solved = _solve(kernels, total, config)
+    kernels = tuple(jnp.asarray(linear.kernel.get_value()) for linear in stage.linears)
+    columns = run.columns[kernels[0].shape[0]]
+
+    def solve(config: QuantizeConfig) -> SolvedStage:
+        return solve_stage(kernels, prepared, config, columns=columns, dtype=run.dtype)
+
+    solved = solve(run.config)
     outcome = Outcome(int(solved.outcome))
     if not outcome.failed:
         return solved, "" if outcome in (Outcome.SOLVED, Outcome.ROUNDED) else outcome.message
     rescuable = outcome in (Outcome.ZERO_HESSIAN, Outcome.NOT_FACTORED)
-    if rescuable and config.allow_rtn_fallback:
-        return _solve(kernels, total, dataclasses.replace(config, method="rtn")), outcome.message
+    if rescuable and run.config.allow_rtn_fallback:
+        return solve(dataclasses.replace(run.config, method="rtn")), outcome.message
     names = [prefix + name for name in stage.names]
     hint = " To round such linears and go on, pass allow_rtn_fallback=True (--allow-rtn-fallback)." if rescuable else ""
     raise NumericalError(f"{', '.join(names)}: {outcome.message}{hint}")
 
 
-def _columns(solution: Solution, start: int, stop: int) -> Solution:
-    """The part of a wide solution that belongs to one linear."""
-    codes, scale, zero = (part[:, start:stop] for part in (solution.codes_kn, solution.scale_gn, solution.zero_gn))
-    loss, rtn_loss = solution.loss_n[start:stop], solution.rtn_loss_n[start:stop]
-    return solution._replace(codes_kn=codes, scale_gn=scale, zero_gn=zero, loss_n=loss, rtn_loss_n=rtn_loss)
-
-
-def _row(name: str, stage: _SolvedStage, result: _SolvedLinear, note: str, tokens: int, seconds: float) -> LinearReport:
+def _row(name: str, stage: SolvedStage, result: SolvedLinear, note: str, tokens: int, seconds: float) -> LinearReport:
     k, n = result.packed.shape
     outcome = Outcome(int(stage.outcome)).name
     if tokens == 0:
         return LinearReport(name=name, k=k, n=n, outcome=outcome, note=note, seconds=seconds)
-    loss, rtn_loss, damping = float(result.loss), float(result.rtn_loss), float(stage.damping)
+    loss, rtn_loss = (float(np.asarray(part, np.float64).sum()) for part in (result.loss_n, result.rtn_loss_n))
+    damping = float(stage.damping)
     if loss > rtn_loss:
         note = f"{note} The loss is above that of round-to-nearest.".strip()
     return LinearReport(
@@ -318,7 +305,7 @@ def _kept_row(name: str, linear: Any, reason: str) -> LinearReport:
     return LinearReport(name=name, k=k, n=n, outcome=KEPT_FLOAT, note=f"Stays float: {reason}.")
 
 
-def _pass_through(block: Block, carries: list[Carry]) -> None:
+def _pass_through(block: Block, carries: list[Carry], dtype: jnp.dtype) -> None:
     """Moves the batches through a finished block exactly as the run that made it did."""
     if not carries:
         return
@@ -327,7 +314,7 @@ def _pass_through(block: Block, carries: list[Carry]) -> None:
         for linear in stage.linears:
             kernel = linear.kernel.get_value()
             if isinstance(kernel, PackedTensor):
-                linear.kernel.set_value(kernel.dequantize())
+                linear.kernel.set_value(kernel.dequantize().astype(dtype))
     for number in range(len(work.stages())):
         _advance_all(work, carries, number)
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from jgptq.config import QuantizeConfig
 from jgptq.errors import ConfigError
-from jgptq.solver import Outcome, round_to_nearest, solve
-from jgptq.solver.cholesky import damped_inverse_factor, inverse_cholesky, inverse_factor
+from jgptq.solver import Outcome, prepare, round_to_nearest, solve, solve_columns
+from jgptq.solver.cholesky import damped_inverse_factor, inverse_factor
 from jgptq.solver.grid import minmax_grid
 from jgptq.solver.hessian import accumulate, empty, hessian
 from jgptq.solver.order import group_order
@@ -115,9 +115,9 @@ def test_wide_solve_equals_separate_solves(problem):
 def test_second_matrix_of_a_shape_compiles_nothing(problem):
     w_kn, h_kk = problem
     solved(problem, bits=4, group_size=64)
-    before = solve._cache_size()
+    before = prepare._cache_size(), solve_columns._cache_size()
     solve(jnp.asarray(w_kn * 2), jnp.asarray(h_kk * 3), QuantizeConfig(bits=4, group_size=64))
-    assert solve._cache_size() == before
+    assert (prepare._cache_size(), solve_columns._cache_size()) == before
 
 
 @settings(max_examples=30)
@@ -137,12 +137,12 @@ def test_inverse_factor_is_upper_and_factors_the_inverse(problem):
 
 
 @pytest.mark.parametrize("k", [256, 257, 600, 1100])
-def test_inverse_cholesky_by_halves_is_the_inverse_of_the_factor(k: int):
+def test_inverse_factor_by_halves_is_the_inverse_of_the_upper_factor(k: int):
     inputs = np.random.default_rng(k).normal(size=(2 * k, k))
-    a_kk = inputs.T @ inputs / k
-    found = np.asarray(inverse_cholesky(jnp.asarray(a_kk, jnp.float32)))
-    np.testing.assert_array_equal(np.triu(found, 1), 0)
-    np.testing.assert_allclose(found, np.linalg.inv(np.linalg.cholesky(a_kk)), atol=2e-4)
+    h_kk = inputs.T @ inputs / k
+    found = np.asarray(inverse_factor(jnp.asarray(h_kk, jnp.float32)))
+    np.testing.assert_array_equal(np.tril(found, -1), 0)
+    np.testing.assert_allclose(found, np.linalg.inv(np.linalg.cholesky(h_kk[::-1, ::-1])[::-1, ::-1]), atol=2e-4)
 
 
 def test_hessian_is_two_over_t_times_the_sum_over_batches():

@@ -1,5 +1,6 @@
 """Quantization of one linear: arrays in, arrays out."""
 
-from jgptq.solver.solve import Outcome, Solution, output_loss, round_to_nearest, solve
+from jgptq.solver.outcome import Outcome
+from jgptq.solver.solve import Prepared, Solution, output_loss, prepare, round_to_nearest, solve, solve_columns
 
-__all__ = ["Outcome", "Solution", "output_loss", "round_to_nearest", "solve"]
+__all__ = ["Outcome", "Prepared", "Solution", "output_loss", "prepare", "round_to_nearest", "solve", "solve_columns"]

@@ -9,7 +9,7 @@ from jgptq.notation import Bool, Float
 
 DAMPING_STEP = 10.0
 MAX_DAMPING = 1.0
-_FACTORED_DIRECTLY = 256
+_FACTORED_DIRECTLY = 512
 
 
 class Factor(NamedTuple):
@@ -21,10 +21,11 @@ class Factor(NamedTuple):
 
 
 def inverse_factor(h_kk: Float[jax.Array, "K K"]) -> Float[jax.Array, "K K"]:
-    """Factors the inverse of a positive definite matrix as `H^-1 = U^T U`.
+    """Factors the inverse of a positive definite matrix as `H^-1 = U^T U`, by halves, without forming H^-1 or a factor of H.
 
-    With P the reversal of rows, `P H P = L L^T` gives `H = R R^T` for the upper triangular `R = P L P`, so `U = R^-1 = P L^-1 P`:
-    one inverse Cholesky factor, where the textbook route (factor, invert, factor again) takes three times the work.
+    `H = R R^T` for an upper triangular R, and `U = R^-1`. With `H = [[A, B], [B^T, D]]`: U2 from D; `S = -B U2^T`; U1 from the
+    Schur complement `A - S S^T`; then `U = [[U1, U1 S U2], [0, U2]]`. The textbook route (factor, invert, factor again) takes
+    three times the work; here all but the smallest pieces is matmuls, 2/3 K^3 multiplications at their speed.
 
     Args:
       h_kk: float32 `[K, K]`, symmetric.
@@ -32,35 +33,37 @@ def inverse_factor(h_kk: Float[jax.Array, "K K"]) -> Float[jax.Array, "K K"]:
     Returns:
       Upper triangular U; not finite where H is not positive definite.
     """
-    return inverse_cholesky(h_kk[::-1, ::-1])[::-1, ::-1]
-
-
-def inverse_cholesky(a_kk: Float[jax.Array, "K K"]) -> Float[jax.Array, "K K"]:
-    """The inverse of the Cholesky factor, `L^-1` with `A = L L^T`, by halves and without L itself.
-
-    With `A = [[A1, B^T], [B, A2]]`: `J1 = L1^-1` from A1; `M = B J1^T`; `J2` from the Schur complement `A2 - M M^T`; then
-    `L^-1 = [[J1, 0], [-J2 M J1, J2]]`. All but the smallest pieces is matmuls: 2/3 K^3 multiplications at their speed.
-
-    Args:
-      a_kk: float32 `[K, K]`, symmetric.
-
-    Returns:
-      Lower triangular; not finite where A is not positive definite.
-    """
-    k = a_kk.shape[0]
+    k = h_kk.shape[0]
     if k <= _FACTORED_DIRECTLY:
-        factor = jnp.linalg.cholesky(a_kk, symmetrize_input=False)
-        return jax.lax.linalg.triangular_solve(factor, jnp.eye(k, dtype=a_kk.dtype), left_side=True, lower=True)
+        return _factored_directly(h_kk)
     half = k // 2
-    upper = inverse_cholesky(a_kk[:half, :half])
-    mixed = _product(a_kk[half:, :half], upper.T)
-    lower = inverse_cholesky(a_kk[half:, half:] - _product(mixed, mixed.T))
-    corner = -_product(lower, _product(mixed, upper))
-    return jnp.block([[upper, jnp.zeros((half, k - half), a_kk.dtype)], [corner, lower]])
+    lower = inverse_factor(h_kk[half:, half:])
+    mixed = _product(-h_kk[:half, half:], lower.T)
+    upper = inverse_factor(h_kk[:half, :half] - _product(mixed, mixed.T))
+    corner = _product(_product(upper, mixed), lower)
+    return jnp.concatenate([jnp.concatenate([upper, corner], axis=1), jnp.pad(lower, ((0, 0), (half, 0)))])
+
+
+def _factored_directly(h_kk: jax.Array) -> jax.Array:
+    """With P the reversal of rows, `P H P = L L^T` gives `R = P L P`, so `U = P L^-1 P`.
+
+    LAPACK reads and writes columns first. The transpositions, of a symmetric matrix and of the result, say so in terms of rows:
+    without them that order of memory spreads to all of H, and copying it costs more than the factorization.
+    """
+    factor = jnp.linalg.cholesky(h_kk[::-1, ::-1].T, symmetrize_input=False)
+    eye = jnp.eye(h_kk.shape[0], dtype=h_kk.dtype)
+    inverse_t = jax.lax.linalg.triangular_solve(factor, eye, left_side=True, lower=True, transpose_a=True)
+    return inverse_t.T[::-1, ::-1]
 
 
 def _product(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+
+
+def all_finite(a_kk: Float[jax.Array, "K K"]) -> Bool[jax.Array, ""]:
+    """Whether a matrix holds neither NaN nor infinity, seen in the sum of its entries: two products, which need no compilation."""
+    ones_k = jnp.ones(a_kk.shape[0], a_kk.dtype)
+    return jnp.isfinite(jnp.dot(ones_k, jnp.dot(a_kk, ones_k)))
 
 
 def damped_inverse_factor(h_kk: Float[jax.Array, "K K"], damping: float) -> Factor:
@@ -77,15 +80,16 @@ def damped_inverse_factor(h_kk: Float[jax.Array, "K K"], damping: float) -> Fact
       The factor, the lambda it needed, and whether it is finite.
     """
     diag_k = jnp.diagonal(h_kk)
-    live_k = diag_k > 0
-    mean = jnp.sum(jnp.where(live_k, diag_k, 0.0)) / jnp.maximum(jnp.sum(live_k.astype(jnp.float32)), 1.0)
+    live_k = (diag_k > 0).astype(jnp.float32)
+    mean = jnp.dot(diag_k, live_k) / jnp.maximum(jnp.dot(live_k, live_k), 1.0)
     mean = jnp.where(mean > 0, mean, 1.0)
     on_diagonal = jnp.eye(h_kk.shape[0], dtype=bool)
     filled_k = jnp.where(diag_k == 0, mean, diag_k)
 
     def attempt(fraction: jax.Array) -> Factor:
-        u_kk = inverse_factor(jnp.where(on_diagonal, (filled_k + fraction * mean)[None, :], h_kk))
-        return Factor(u_kk, fraction, jnp.all(jnp.isfinite(u_kk)))
+        damped_kk = jnp.where(on_diagonal, (filled_k + fraction * mean)[None, :], h_kk)
+        u_kk = inverse_factor(jax.lax.optimization_barrier(damped_kk))
+        return Factor(u_kk, fraction, all_finite(u_kk))
 
     def next_damping(factor: Factor) -> jax.Array:
         return jnp.where(factor.damping == 0, jnp.float32(damping), factor.damping * DAMPING_STEP)

@@ -39,3 +39,8 @@ def group_order(diag_k: Float[jax.Array, " K"], group_rows: int) -> RowOrder:
     groups_g = jnp.argsort(-jnp.max(diag_gr, axis=1), stable=True)
     rows_gr = inner_gr[groups_g] + groups_g[:, None] * group_rows
     return RowOrder(rows_gr.reshape(-1), groups_g)
+
+
+def inverse_permutation(order_k: Int[jax.Array, " K"]) -> Int[jax.Array, " K"]:
+    """The permutation that undoes one: `inverse[order[i]] == i`."""
+    return jnp.zeros_like(order_k).at[order_k].set(jnp.arange(order_k.shape[0], dtype=order_k.dtype))

@@ -1,6 +1,5 @@
 """One linear's solve: weights and a Hessian in, codes, scales and a diagnosis out."""
 
-import enum
 import functools
 from typing import NamedTuple
 
@@ -9,48 +8,14 @@ import jax.numpy as jnp
 
 from jgptq.config import ROW_MULTIPLE, QuantizeConfig, group_rows
 from jgptq.notation import Float, Int, UInt8
-from jgptq.solver.cholesky import damped_inverse_factor
+from jgptq.solver.cholesky import all_finite, damped_inverse_factor
 from jgptq.solver.grid import Grid, minmax_grid, nearest_codes
-from jgptq.solver.order import file_order, group_order
+from jgptq.solver.order import RowOrder, file_order, group_order, inverse_permutation
+from jgptq.solver.outcome import Outcome
 from pallas_kernels import gptq_block
 
 _MAX_BLOCK = 128
 _STEP = ROW_MULTIPLE
-
-
-class Outcome(enum.IntEnum):
-    """What happened in a solve; `message` says it in full."""
-
-    SOLVED = 0
-    RAISED_DAMPING = 1
-    ROUNDED = 2
-    ZERO_HESSIAN = 3
-    NOT_FACTORED = 4
-    NONFINITE_HESSIAN = 5
-    NONFINITE_WEIGHTS = 6
-    SCALE_OVERFLOW = 7
-
-    @property
-    def failed(self) -> bool:
-        """Whether the codes must not be used."""
-        return self >= Outcome.ZERO_HESSIAN
-
-    @property
-    def message(self) -> str:
-        """One sentence: the diagnosis, its cause and its remedy."""
-        return _MESSAGES[self]
-
-
-_MESSAGES = {
-    Outcome.SOLVED: "Solved at the damping that was asked for.",
-    Outcome.RAISED_DAMPING: "Solved only after raising the damping: the tokens span too few directions; calibrate on more.",
-    Outcome.ROUNDED: "Rounded to nearest, without error compensation.",
-    Outcome.ZERO_HESSIAN: "The Hessian is zero: no token reached it, or all its inputs are zero; calibrate on other text.",
-    Outcome.NOT_FACTORED: "No damping makes the Hessian positive definite: the activations overflow; try dtype float32.",
-    Outcome.NONFINITE_HESSIAN: "The activations hold NaN or infinity: a layer before overflows; try dtype float32.",
-    Outcome.NONFINITE_WEIGHTS: "The weights hold NaN or infinity: the checkpoint is damaged; fetch it again.",
-    Outcome.SCALE_OVERFLOW: "A scale is beyond the range of float16, in which files store it; check the weights.",
-}
 
 
 class Solution(NamedTuple):
@@ -72,7 +37,80 @@ class Solution(NamedTuple):
         return ((codes_grn - self.zero_gn[:, None, :]).astype(jnp.float32) * scale_gn[:, None, :]).reshape(k, n)
 
 
+class Prepared(NamedTuple):
+    """What all columns on one Hessian share. Rows and columns of K stand in the solver's sequence."""
+
+    h_kk: Float[jax.Array, "K K"]  # undamped
+    u_kk: Float[jax.Array, "K K"] | None  # upper factor of the damped inverse; None for round-to-nearest
+    order: RowOrder
+    damping: Float[jax.Array, ""]  # fraction of the mean diagonal that was added
+    outcome: Int[jax.Array, ""]  # an `Outcome`
+
+
 @functools.partial(jax.jit, static_argnames="config")
+def prepare(h_kk: Float[jax.Array, "K K"], config: QuantizeConfig) -> Prepared:
+    """Orders the rows of K and factors the damped inverse Hessian, `H^-1 = U^T U`, once for all columns.
+
+    Args:
+      h_kk: float32 `[K, K]`, the Hessian of `jgptq.solver.hessian`.
+      config: group size, method, order, damping.
+
+    Returns:
+      What `solve_columns` takes.
+    """
+    k, _ = h_kk.shape
+    rows = group_rows(k, config.group_size)
+    diag_k = jnp.diagonal(h_kk)
+    finite = all_finite(h_kk)
+    if config.method == "rtn":
+        outcome = jnp.where(finite, Outcome.ROUNDED, Outcome.NONFINITE_HESSIAN)
+        return Prepared(h_kk, None, file_order(k, rows), jnp.float32(0), outcome)
+    order = group_order(diag_k, rows) if config.order == "group" else file_order(k, rows)
+    sequence_kk = h_kk[order.rows_k[:, None], order.rows_k[None, :]]
+    factor = damped_inverse_factor(sequence_kk, config.damping)
+    outcome = jnp.where(factor.damping > config.damping, Outcome.RAISED_DAMPING, Outcome.SOLVED)
+    outcome = jnp.where(factor.finite, outcome, Outcome.NOT_FACTORED)
+    outcome = jnp.where(jnp.any(diag_k > 0), outcome, Outcome.ZERO_HESSIAN)
+    outcome = jnp.where(finite, outcome, Outcome.NONFINITE_HESSIAN)
+    return Prepared(sequence_kk, factor.u_kk, order, factor.damping, outcome)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def solve_columns(w_kn: Float[jax.Array, "K N"], prepared: Prepared, config: QuantizeConfig) -> Solution:
+    """Quantizes columns on a prepared Hessian; columns do not depend on each other, so any slice of a kernel may be given.
+
+    Args:
+      w_kn: float32 `[K, N]`, in file order; K a multiple of the group size.
+      prepared: from `prepare`, with the same config; a config of method "rtn" takes any.
+      config: bits, group size, grid, method.
+
+    Returns:
+      The solution; check `outcome` before use.
+    """
+    rows_k = prepared.order.rows_k
+    rounded = round_to_nearest(w_kn, config)
+    rtn_loss_n = output_loss((w_kn - rounded.dequantize())[rows_k], prepared.h_kk)
+    if config.method == "rtn":
+        outcome = jnp.where(prepared.outcome == Outcome.NONFINITE_HESSIAN, prepared.outcome, rounded.outcome)
+        return _diagnose(rounded._replace(loss_n=rtn_loss_n, rtn_loss_n=rtn_loss_n, outcome=outcome), w_kn)
+    if prepared.u_kk is None:
+        raise ValueError("the Hessian was prepared for round-to-nearest; prepare it with the config of this solve")
+    rows = group_rows(w_kn.shape[0], config.group_size)
+    sequence_kn = w_kn[rows_k]
+    codes_kn, grid = _compensate(sequence_kn, prepared.u_kk, rows, config)
+    found = Solution(
+        codes_kn=codes_kn,
+        scale_gn=grid.scale_n.astype(jnp.float16),
+        zero_gn=grid.zero_n.astype(jnp.int32),
+        loss_n=rtn_loss_n,
+        rtn_loss_n=rtn_loss_n,
+        damping=prepared.damping,
+        outcome=prepared.outcome,
+    )
+    found = found._replace(loss_n=output_loss(sequence_kn - found.dequantize(), prepared.h_kk))
+    return _diagnose(_in_file_order(found, prepared.order), w_kn)
+
+
 def solve(w_kn: Float[jax.Array, "K N"], h_kk: Float[jax.Array, "K K"], config: QuantizeConfig) -> Solution:
     """Quantizes a kernel so that its output error `tr((W - Q)^T H (W - Q))` is small (GPTQ, Frantar et al. 2022, algorithm 1).
 
@@ -88,29 +126,14 @@ def solve(w_kn: Float[jax.Array, "K N"], h_kk: Float[jax.Array, "K K"], config: 
     Returns:
       The solution; check `outcome` before use.
     """
-    rounded = round_to_nearest(w_kn, config)
-    rtn_loss_n = output_loss(w_kn - rounded.dequantize(), h_kk)
-    if config.method == "rtn":
-        return _diagnose(rounded._replace(loss_n=rtn_loss_n, rtn_loss_n=rtn_loss_n), w_kn, h_kk)
-    k, _ = w_kn.shape
-    rows = group_rows(k, config.group_size)
-    order = group_order(jnp.diagonal(h_kk), rows) if config.order == "group" else file_order(k, rows)
-    # H is symmetric, so its rows can be gathered twice: gathers of whole rows are copies, and scatters are slow.
-    permuted_kk = h_kk[order.rows_k].T[order.rows_k]
-    factor = damped_inverse_factor(permuted_kk, config.damping)
-    codes_kn, grid = _compensate(w_kn[order.rows_k], factor.u_kk, rows, config)
-    grid = jax.tree.map(lambda part: part[jnp.argsort(order.groups_g)], grid)
-    outcome = jnp.where(factor.damping > config.damping, Outcome.RAISED_DAMPING, Outcome.SOLVED)
-    outcome = jnp.where(factor.finite, outcome, Outcome.NOT_FACTORED)
-    solution = rounded._replace(
-        codes_kn=codes_kn[jnp.argsort(order.rows_k)],
-        scale_gn=grid.scale_n.astype(jnp.float16),
-        zero_gn=grid.zero_n.astype(jnp.int32),
-        rtn_loss_n=rtn_loss_n,
-        damping=factor.damping,
-        outcome=jnp.where(jnp.any(jnp.diagonal(h_kk) > 0), outcome, Outcome.ZERO_HESSIAN),
-    )
-    return _diagnose(solution._replace(loss_n=output_loss(w_kn - solution.dequantize(), h_kk)), w_kn, h_kk)
+    return solve_columns(w_kn, prepare(h_kk, config), config)
+
+
+def _in_file_order(found: Solution, order: RowOrder) -> Solution:
+    """Puts rows and groups back where the file has them."""
+    rows_k, groups_g = inverse_permutation(order.rows_k), inverse_permutation(order.groups_g)
+    codes_kn, scale_gn, zero_gn = found.codes_kn[rows_k], found.scale_gn[groups_g], found.zero_gn[groups_g]
+    return found._replace(codes_kn=codes_kn, scale_gn=scale_gn, zero_gn=zero_gn)
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -136,17 +159,13 @@ def round_to_nearest(w_kn: Float[jax.Array, "K N"], config: QuantizeConfig) -> S
         damping=jnp.float32(0),
         outcome=jnp.int32(Outcome.ROUNDED),
     )
-    return _diagnose(solution, w_kn, None)
+    return _diagnose(solution, w_kn)
 
 
-def _diagnose(solution: Solution, w_kn: jax.Array, h_kk: jax.Array | None) -> Solution:
-    """Overrides the outcome where the inputs or the grid are not finite."""
-    outcome = solution.outcome
-    if h_kk is not None:
-        outcome = jnp.where(jnp.all(jnp.isfinite(h_kk)), outcome, Outcome.NONFINITE_HESSIAN)
-    outcome = jnp.where(jnp.all(jnp.isfinite(solution.scale_gn)), outcome, Outcome.SCALE_OVERFLOW)
-    outcome = jnp.where(jnp.all(jnp.isfinite(w_kn)), outcome, Outcome.NONFINITE_WEIGHTS)
-    return solution._replace(outcome=outcome)
+def _diagnose(solution: Solution, w_kn: jax.Array) -> Solution:
+    """Overrides the outcome where the weights or the grid are not finite."""
+    outcome = jnp.where(jnp.all(jnp.isfinite(solution.scale_gn)), solution.outcome, Outcome.SCALE_OVERFLOW)
+    return solution._replace(outcome=jnp.where(jnp.all(jnp.isfinite(w_kn)), outcome, Outcome.NONFINITE_WEIGHTS))
 
 
 def output_loss(dw_kn: Float[jax.Array, "K N"], h_kk: Float[jax.Array, "K K"]) -> Float[jax.Array, " N"]:

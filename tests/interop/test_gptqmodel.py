@@ -4,7 +4,6 @@ Needs `make interop-venv`; `make interop` runs it.
 """
 
 import json
-import os
 import subprocess
 from pathlib import Path
 
@@ -44,7 +43,7 @@ def check(folder: Path, tokens: np.ndarray, scratch: Path) -> None:
         Tokenizer(models.BPE(vocab={"a": 0}, merges=[])).save(str(folder / "tokenizer.json"))
     np.save(scratch / "tokens.npy", tokens)
     command = [PYTHON, Path(__file__).with_name("gptqmodel_reader.py"), folder, scratch / "tokens.npy", scratch / "read.npz"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=os.environ, check=False)
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=scratch, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     read = np.load(scratch / "read.npz")
     ours = load_hf(folder)
