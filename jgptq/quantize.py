@@ -240,9 +240,9 @@ def _solve_stage(
     seconds = time.monotonic() - started
     width = sum(result.packed.shape[1] for result in solved.linears)
     packed, rows = {}, []
-    for name, linear, result in zip(stage.names, stage.linears, solved.linears, strict=True):
+    for name, linear, result, kernel in zip(stage.names, stage.linears, solved.linears, solved.kernels, strict=True):
         packed[name] = result.packed
-        linear.kernel.set_value(result.kernel)
+        linear.kernel.set_value(kernel)
         rows.append(_row(prefix + name, solved, result, note, tokens, seconds * result.packed.shape[1] / width))
     return packed, rows
 
@@ -337,8 +337,7 @@ def _with_kernels(block: Block, packed: Mapping[str, PackedTensor]) -> Block:
 
 def _assemble(params: Decoder, blocks: Sequence[Block], config: QuantizeConfig) -> Decoder:
     """A decoder with these blocks and the other leaves of `params`."""
-    decoder = nnx.eval_shape(lambda: Decoder(params.config, rngs=nnx.Rngs(0)))
-    decoder.embed_tokens, decoder.norm, decoder.lm_head = params.embed_tokens, params.norm, params.lm_head
+    decoder = jax.tree.map(lambda leaf: leaf, params)
     decoder.layers = nnx.List(blocks)
-    decoder.origin, decoder.quantization = params.origin, config
+    decoder.quantization = config
     return decoder

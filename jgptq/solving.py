@@ -8,37 +8,39 @@ that read equally many features.
 import dataclasses
 import functools
 import itertools
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jgptq.config import QuantizeConfig
-from jgptq.notation import Float, Int
+from jgptq.notation import Array, Float, Int
 from jgptq.packed import PackedTensor, pack
 from jgptq.solver import Prepared, prepare, round_to_nearest, solve_columns
 from jgptq.solver.hessian import HessianSum, hessian
 
+Part = TypeVar("Part", jax.Array, np.ndarray)
 _CPU_COLUMNS = 2048
 _COLUMNS = 32768
 
 
 class SolvedLinear(NamedTuple):
-    """One linear, or a tile of columns."""
+    """What files and reports hold of one linear, or of a tile of columns."""
 
     packed: PackedTensor
-    kernel: Float[jax.Array, "K N"]  # expanded, in the dtype that the model computes in
-    loss_n: Float[jax.Array, " N"]
-    rtn_loss_n: Float[jax.Array, " N"]
+    loss_n: Float[Array, " N"]
+    rtn_loss_n: Float[Array, " N"]
 
 
 class SolvedStage(NamedTuple):
     """The linears of a stage, in its order."""
 
-    linears: tuple[SolvedLinear, ...]
+    linears: list[SolvedLinear]  # in host memory
+    kernels: list[Float[jax.Array, "K N"]]  # what the model goes on with: expanded, in the dtype that it computes in
     damping: Float[jax.Array, ""]
-    outcome: Int[jax.Array, ""]  # the worst of the tiles, an `Outcome`
+    outcome: Int[Array, ""]  # the worst of the tiles, an `Outcome`
 
 
 def tile_columns(widths: Sequence[int]) -> int:
@@ -82,20 +84,32 @@ def solve_stage(
     Returns:
       The solved stage.
     """
-    starts = _starts(sum(kernel.shape[1] for kernel in kernels), columns)
-    found = [_solve_tile(tile, prepared, config, dtype) for tile in _cut(kernels, starts, columns)]
-    linears = _join(tuple(tile.linears[0] for tile in found), starts, tuple(kernel.shape[1] for kernel in kernels))
-    return SolvedStage(linears, found[0].damping, functools.reduce(jnp.maximum, [tile.outcome for tile in found]))
+    widths = tuple(kernel.shape[1] for kernel in kernels)
+    starts = _starts(sum(widths), columns)
+    tiles = [_solve_tile(tile, prepared, config, dtype) for tile in _cut(kernels, starts, columns)]
+    return SolvedStage(
+        linears=_join([jax.device_get(tile.linear) for tile in tiles], starts, widths),
+        kernels=_join_kernels([tile.kernel for tile in tiles], starts, widths),
+        damping=tiles[0].damping,
+        outcome=np.max([tile.outcome for tile in tiles]),
+    )
+
+
+class _Tile(NamedTuple):
+    linear: SolvedLinear
+    kernel: jax.Array
+    damping: jax.Array
+    outcome: jax.Array
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype"))
-def _solve_tile(w_kn: jax.Array, prepared: Prepared | None, config: QuantizeConfig, dtype: jnp.dtype) -> SolvedStage:
+def _solve_tile(w_kn: jax.Array, prepared: Prepared | None, config: QuantizeConfig, dtype: jnp.dtype) -> _Tile:
     """All that is computed for a tile between the Hessian's factor and the packed result, as one program."""
     solution = round_to_nearest(w_kn, config) if prepared is None else solve_columns(w_kn, prepared, config)
     zero_gn = None if config.sym else solution.zero_gn
     packed = pack(solution.codes_kn, solution.scale_gn, zero_gn, bits=config.bits, group_size=config.group_size)
-    linear = SolvedLinear(packed, solution.dequantize().astype(dtype), solution.loss_n, solution.rtn_loss_n)
-    return SolvedStage((linear,), solution.damping, solution.outcome)
+    linear = SolvedLinear(packed, solution.loss_n, solution.rtn_loss_n)
+    return _Tile(linear, solution.dequantize().astype(dtype), solution.damping, solution.outcome)
 
 
 def _starts(width: int, columns: int) -> tuple[int, ...]:
@@ -110,22 +124,29 @@ def _cut(kernels: tuple[jax.Array, ...], starts: tuple[int, ...], columns: int) 
     return [wide_kn[:, start : start + columns].astype(jnp.float32) for start in starts]
 
 
-@functools.partial(jax.jit, static_argnames=("starts", "widths"))
-def _join(tiles: tuple[SolvedLinear, ...], starts: tuple[int, ...], widths: tuple[int, ...]) -> tuple[SolvedLinear, ...]:
-    """The linears that tiles were cut from. Every leaf of a tile has columns as its last axis, zero points `bits/32` of them."""
-    columns, ends = tiles[0].packed.shape[1], (*starts[1:], sum(widths))
-    bounds = [sum(widths[:index]) for index in range(len(widths) + 1)]
-
-    def split(*leaves: jax.Array) -> list[jax.Array]:
-        size = leaves[0].shape[-1]
-        used = [leaf[..., : (end - start) * size // columns] for leaf, start, end in zip(leaves, starts, ends, strict=True)]
-        wide = jnp.concatenate(used, axis=-1)
-        return [wide[..., first * size // columns : last * size // columns] for first, last in itertools.pairwise(bounds)]
-
-    parts = [split(*leaves) for leaves in zip(*map(jax.tree.leaves, tiles), strict=True)]
+def _join(tiles: list[SolvedLinear], starts: tuple[int, ...], widths: tuple[int, ...]) -> list[SolvedLinear]:
+    """The linears that tiles were cut from."""
+    parts = [_resplit(np.concatenate, leaves, starts, widths) for leaves in zip(*map(jax.tree.leaves, tiles), strict=True)]
     linears = [jax.tree.unflatten(jax.tree.structure(tiles[0]), leaves) for leaves in zip(*parts, strict=True)]
     shapes = [(tiles[0].packed.shape[0], width) for width in widths]
-    return tuple(
+    return [
         linear._replace(packed=dataclasses.replace(linear.packed, shape=shape))
         for linear, shape in zip(linears, shapes, strict=True)
-    )
+    ]
+
+
+@functools.partial(jax.jit, static_argnames=("starts", "widths"))
+def _join_kernels(kernels: list[jax.Array], starts: tuple[int, ...], widths: tuple[int, ...]) -> list[jax.Array]:
+    return _resplit(jnp.concatenate, kernels, starts, widths)
+
+
+def _resplit(
+    concatenate: Callable[..., Part], tiles: Sequence[Part], starts: tuple[int, ...], widths: tuple[int, ...]
+) -> list[Part]:
+    """Cuts tiles anew, into parts of these widths, along their last axis: columns, or `bits/32` of them in packed zero points."""
+    total, size = sum(widths), tiles[0].shape[-1]
+    columns = total - starts[-1]
+    ends = (*starts[1:], total)
+    used = [tile[..., : (end - start) * size // columns] for tile, start, end in zip(tiles, starts, ends, strict=True)]
+    wide, bounds = concatenate(used, axis=-1), [sum(widths[:index]) * size // columns for index in range(len(widths) + 1)]
+    return [wide[..., first:last] for first, last in itertools.pairwise(bounds)]

@@ -1,5 +1,6 @@
 """The kernels' operations in plain JAX: their oracle, and what a machine without a GPU runs."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -103,7 +104,8 @@ def gptq_block(w_rn: jax.Array, u_rr: jax.Array, scale_n: jax.Array, zero_n: jax
         w_n = w_rn[k] - jnp.matmul(u_rr[:, k], error_rn, precision=jax.lax.Precision.HIGHEST)
         code_n = jnp.clip(jnp.round(w_n / scale_n) + zero_n, 0, 2**bits - 1)
         error_n = (w_n - scale_n * (code_n - zero_n)) / u_rr[k, k]
-        return error_rn.at[k].set(error_n), codes_rn.at[k].set(code_n.astype(jnp.uint8))
+        put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=k, axis=0)
+        return put(error_rn, error_n), put(codes_rn, code_n.astype(jnp.uint8))
 
     start = jnp.zeros(w_rn.shape, jnp.float32), jnp.zeros(w_rn.shape, jnp.uint8)
     error_rn, codes_rn = jax.lax.fori_loop(0, w_rn.shape[0], step, start)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jgptq.config import ROW_MULTIPLE, QuantizeConfig, group_rows
 from jgptq.notation import Float, Int, UInt8
-from jgptq.solver.cholesky import all_finite, damped_inverse_factor
+from jgptq.solver.cholesky import all_finite, damped_inverse_factor, diagonal
 from jgptq.solver.grid import Grid, minmax_grid, nearest_codes
 from jgptq.solver.order import RowOrder, file_order, group_order, inverse_permutation
 from jgptq.solver.outcome import Outcome
@@ -60,7 +60,7 @@ def prepare(h_kk: Float[jax.Array, "K K"], config: QuantizeConfig) -> Prepared:
     """
     k, _ = h_kk.shape
     rows = group_rows(k, config.group_size)
-    diag_k = jnp.diagonal(h_kk)
+    diag_k = diagonal(h_kk)
     finite = all_finite(h_kk)
     if config.method == "rtn":
         outcome = jnp.where(finite, Outcome.ROUNDED, Outcome.NONFINITE_HESSIAN)
@@ -164,8 +164,8 @@ def round_to_nearest(w_kn: Float[jax.Array, "K N"], config: QuantizeConfig) -> S
 
 def _diagnose(solution: Solution, w_kn: jax.Array) -> Solution:
     """Overrides the outcome where the weights or the grid are not finite."""
-    outcome = jnp.where(jnp.all(jnp.isfinite(solution.scale_gn)), solution.outcome, Outcome.SCALE_OVERFLOW)
-    return solution._replace(outcome=jnp.where(jnp.all(jnp.isfinite(w_kn)), outcome, Outcome.NONFINITE_WEIGHTS))
+    outcome = jnp.where(all_finite(solution.scale_gn.astype(jnp.float32)), solution.outcome, Outcome.SCALE_OVERFLOW)
+    return solution._replace(outcome=jnp.where(all_finite(w_kn), outcome, Outcome.NONFINITE_WEIGHTS))
 
 
 def output_loss(dw_kn: Float[jax.Array, "K N"], h_kk: Float[jax.Array, "K K"]) -> Float[jax.Array, " N"]:
@@ -235,7 +235,8 @@ def _compensate(w_kn: jax.Array, u_kk: jax.Array, rows: int, config: QuantizeCon
 def _begin_group(state: _State, row: jax.Array, rows: int, config: QuantizeConfig) -> Grid:
     """Sets the grid of the group that begins at `row` from its rows as they are now."""
     begun = minmax_grid(jax.lax.dynamic_slice_in_dim(state.w_kn, row, rows), config.bits, config.sym)
-    return jax.tree.map(lambda all_gn, one_n: all_gn.at[row // rows].set(one_n), state.grid, begun)
+    group = row // rows
+    return jax.tree.map(lambda all_gn, one_n: jax.lax.dynamic_update_index_in_dim(all_gn, one_n, group, 0), state.grid, begun)
 
 
 def _spread(u_rb: jax.Array, error_rn: jax.Array) -> jax.Array:
