@@ -6,7 +6,6 @@ produce, every Hessian is made once for all linears that share it, and one block
 """
 
 import dataclasses
-import functools
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -16,24 +15,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jgptq.calibration import check_tokens
 from jgptq.config import QuantizeConfig
-from jgptq.errors import CalibrationError, ConfigError, NumericalError
+from jgptq.errors import ConfigError, NumericalError
 from jgptq.hostmem import to_device
 from jgptq.models import Block, Carry, Decoder, Stage
 from jgptq.notation import Array, Int
 from jgptq.packed import PackedTensor
+from jgptq.passes import advance, cut_batches, embed, observe
 from jgptq.plan import StagePlan, packed_widths, plan_decoder
 from jgptq.progress import Progress
 from jgptq.solver import Outcome, Prepared
-from jgptq.solver.hessian import HessianSum, accumulate, empty
+from jgptq.solver.hessian import HessianSum
 from jgptq.solving import SolvedLinear, SolvedStage, prepare_stage, solve_stage, tile_columns
 from jgptq.summary import KEPT_FLOAT, LinearReport, Report
-
-CPU_BATCH_TOKENS = 1024
-BATCH_TOKENS = 4096
-"""Tokens in one calibration batch, unless a single sample is longer. What a batch makes on its way through a stage should fit a
-CPU's cache, and fill a GPU."""
 
 Rows = tuple[LinearReport, ...]
 
@@ -112,14 +106,14 @@ def quantize(
     plans = plan_decoder(params, config)
     if params.quantization is not None:
         raise ConfigError("the decoder is quantized already; start from the float checkpoint")
-    batches = _batches(params, calib, batch_size, config)
+    batches = cut_batches(params, calib, batch_size, config)
     sink = MemorySink() if sink is None else sink
     started = time.monotonic()
     finished = sink.done()
     for name, module in (("embed_tokens", params.embed_tokens), ("norm", params.norm), ("lm_head", params.lm_head)):
         if module is not None:
             _check_finite(name, to_device(module))
-    carries = _embed(params, batches)
+    carries = embed(params, batches)
     columns = {k: tile_columns(widths) for k, widths in packed_widths(params, plans).items()}
     run = _Run(config=config, dtype=params.config.compute_dtype, columns=columns)
     with Progress(sum(len(plan) for plan in plans), progress) as bar:
@@ -151,47 +145,6 @@ def make_config(settings: Mapping[str, Any]) -> QuantizeConfig:
     return QuantizeConfig(**settings)
 
 
-def _batches(params: Decoder, calib: Array | None, batch_size: int | None, config: QuantizeConfig) -> list[np.ndarray]:
-    """The calibration tokens, checked and cut into batches of one shape, so that every program is compiled once."""
-    if calib is None:
-        if config.method != "rtn":
-            raise CalibrationError(f"method {config.method!r} needs calibration tokens; see jgptq.calibration_tokens")
-        return []
-    tokens = np.asarray(calib)
-    if tokens.ndim != 2:
-        raise CalibrationError(f"calibration tokens must be [samples, seq_len], found shape {list(tokens.shape)}")
-    check_tokens(tokens, params.config.vocab_size, "calibration tokens")
-    samples, length = tokens.shape
-    if batch_size is not None and batch_size < 1:
-        raise ConfigError(f"batch_size must be at least 1, found {batch_size}")
-    tokens_at_once = CPU_BATCH_TOKENS if jax.default_backend() == "cpu" else BATCH_TOKENS
-    limit = max(1, tokens_at_once // length) if batch_size is None else batch_size
-    rows = max(size for size in range(1, min(limit, samples) + 1) if samples % size == 0)
-    return [tokens[start : start + rows].astype(np.int32) for start in range(0, samples, rows)]
-
-
-def _embed(params: Decoder, batches: Sequence[np.ndarray]) -> list[Carry]:
-    """The residual stream of every batch before the first block."""
-    if not batches:
-        return []
-    table = to_device(params.embed_tokens)
-    dtype = params.config.compute_dtype
-    embed = jax.jit(lambda module, tokens: module(tokens, dtype))
-    return [Carry(embed(table, jnp.asarray(tokens))) for tokens in batches]
-
-
-@functools.partial(jax.jit, static_argnames="stage", donate_argnames="total")
-def _observe(block: Block, carry: Carry, total: HessianSum, *, stage: int) -> HessianSum:
-    """Adds what a stage's linears read to their Hessian."""
-    return accumulate(total, block.stages()[stage].inputs(carry))
-
-
-@functools.partial(jax.jit, static_argnames="stage")
-def _advance(block: Block, carry: Carry, *, stage: int) -> Carry:
-    """Moves a batch through a stage."""
-    return block.stages()[stage](carry)
-
-
 def _quantize_block(
     index: int, block: Block, plan: Sequence[StagePlan], carries: list[Carry], last: bool, run: _Run, bar: Progress
 ) -> tuple[Block, Rows]:
@@ -200,20 +153,22 @@ def _quantize_block(
     _check_finite(f"layers.{index}", work)
     packed: dict[str, PackedTensor] = {}
     rows: list[LinearReport] = []
+    prefix = f"layers.{index}."
+    measured = [bool(carries) and decision.kept_float is None for decision in plan] + [False]
+    total = observe(work, carries, 0) if measured[0] else None
     for number, (stage, decision) in enumerate(zip(work.stages(), plan, strict=True)):
         bar.describe(f"layers.{index} {' '.join(name.rpartition('.')[2] for name in stage.names)}")
-        prefix = f"layers.{index}."
         if decision.kept_float is not None:
             rows += [
                 _kept_row(prefix + name, linear, decision.kept_float)
                 for name, linear in zip(stage.names, stage.linears, strict=True)
             ]
         else:
-            solved, stage_rows = _solve_stage(prefix, work, number, stage, carries, run)
+            solved, stage_rows = _solve_stage(prefix, stage, total, run)
             rows += stage_rows
             packed |= solved
         if not (last and number == len(plan) - 1):
-            _advance_all(work, carries, number)
+            total = advance(work, carries, number, observe_next=measured[number + 1])
         bar.advance()
     return _with_kernels(block, packed), tuple(rows)
 
@@ -231,11 +186,12 @@ def _check_finite(path: str, module: nnx.Module) -> None:
 
 
 def _solve_stage(
-    prefix: str, work: Block, number: int, stage: Stage, carries: list[Carry], run: _Run
+    prefix: str, stage: Stage, total: HessianSum | None, run: _Run
 ) -> tuple[dict[str, PackedTensor], list[LinearReport]]:
-    """Solves the linears of a stage, and puts their expanded kernels into `work`."""
+    """Solves the linears of a stage, and puts their expanded kernels into the block that the stage is of."""
     started = time.monotonic()
-    prepared, tokens = _prepare(work, number, stage, carries, run.config)
+    prepared = None if total is None else prepare_stage(total, run.config)
+    tokens = 0 if total is None else int(total.tokens)
     solved, note = _solve_checked(prefix, stage, prepared, run)
     seconds = time.monotonic() - started
     width = sum(result.packed.shape[1] for result in solved.linears)
@@ -245,16 +201,6 @@ def _solve_stage(
         linear.kernel.set_value(kernel)
         rows.append(_row(prefix + name, solved, result, note, tokens, seconds * result.packed.shape[1] / width))
     return packed, rows
-
-
-def _prepare(work: Block, number: int, stage: Stage, carries: list[Carry], config: QuantizeConfig) -> tuple[Prepared | None, int]:
-    """The Hessian of what a stage reads, prepared for its linears, and how many tokens were summed."""
-    if not carries:
-        return None, 0
-    total = empty(stage.linears[0].kernel.get_value().shape[0])
-    for carry in carries:
-        total = _observe(work, carry, total, stage=number)
-    return prepare_stage(total, config), int(total.tokens)
 
 
 def _solve_checked(prefix: str, stage: Stage, prepared: Prepared | None, run: _Run) -> tuple[SolvedStage, str]:
@@ -316,13 +262,7 @@ def _pass_through(block: Block, carries: list[Carry], dtype: jnp.dtype) -> None:
             if isinstance(kernel, PackedTensor):
                 linear.kernel.set_value(kernel.dequantize().astype(dtype))
     for number in range(len(work.stages())):
-        _advance_all(work, carries, number)
-
-
-def _advance_all(work: Block, carries: list[Carry], stage: int) -> None:
-    """Moves every batch through a stage, in place, so that only one batch exists twice at a time."""
-    for index, carry in enumerate(carries):
-        carries[index] = _advance(work, carry, stage=stage)
+        advance(work, carries, number, observe_next=False)
 
 
 def _with_kernels(block: Block, packed: Mapping[str, PackedTensor]) -> Block:

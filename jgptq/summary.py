@@ -21,7 +21,7 @@ class LinearReport:
     rtn_loss: float | None = None  # the same for round-to-nearest on the same kind of grid
     damping: float | None = None  # fraction of the Hessian's mean diagonal that was added
     tokens: int = 0  # calibration tokens in the Hessian
-    seconds: float = 0.0  # share of its stage's Hessian and solve, by out-features
+    seconds: float = 0.0  # share of its stage's solve, by out-features; waiting for the Hessian included
 
     @property
     def quantized(self) -> bool:
