@@ -15,15 +15,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jgptq.config import QuantizeConfig
+from jgptq.config import ROW_MULTIPLE, QuantizeConfig
 from jgptq.notation import Array, Float, Int
 from jgptq.packed import PackedTensor, pack
 from jgptq.solver import Prepared, prepare, round_to_nearest, solve_columns
 from jgptq.solver.hessian import HessianSum, hessian
 
 Part = TypeVar("Part", jax.Array, np.ndarray)
-_CPU_COLUMNS = 2048
+_CPU_COLUMNS = 4096
 _COLUMNS = 32768
+_STEPS_IN_COLUMNS = 1024  # a tile's steps take as long as this many columns, on a CPU
 
 
 class SolvedLinear(NamedTuple):
@@ -44,18 +45,28 @@ class SolvedStage(NamedTuple):
 
 
 def tile_columns(widths: Sequence[int]) -> int:
-    """Columns in a tile for all stages that read the same number of features.
+    """Columns in a tile, the same for all stages that read the same number of features.
 
-    The narrowest stage is one tile, if that bounds memory: wide enough to keep the steps of the solver's loop busy. A GPU needs
-    more columns for that than a CPU, and has the memory.
+    A tile takes a time of its own for the steps of the solver's loop, whatever its width, and then some for each column: the
+    width is chosen for which all tiles together take least. Too wide tiles cost memory, and columns computed for nothing.
 
     Args:
       widths: the out-features of each such stage, all its linears together.
 
     Returns:
-      The width of a tile, at most that of the narrowest stage.
+      The width of a tile, a multiple of 32.
     """
-    return min(*widths, _CPU_COLUMNS if jax.default_backend() == "cpu" else _COLUMNS)
+    most = _CPU_COLUMNS if jax.default_backend() == "cpu" else _COLUMNS
+    parts = {_round_up(-(-width // count)) for width in widths for count in range(-(-width // most), 9)}
+
+    def cost(columns: int) -> int:
+        return sum(-(-width // columns) for width in widths) * (columns + _STEPS_IN_COLUMNS)
+
+    return min((columns for columns in parts if columns <= most), key=cost, default=most)
+
+
+def _round_up(columns: int) -> int:
+    return -(-columns // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -114,21 +125,25 @@ def _solve_tile(w_kn: jax.Array, prepared: Prepared | None, config: QuantizeConf
 
 def _starts(width: int, columns: int) -> tuple[int, ...]:
     """Where each tile begins. The last one ends with the matrix and may overlap the one before, whose columns it repeats."""
-    return (*range(0, width - columns, columns), width - columns)
+    return (*range(0, width - columns, columns), max(0, width - columns))
 
 
 @functools.partial(jax.jit, static_argnames=("starts", "columns"))
 def _cut(kernels: tuple[jax.Array, ...], starts: tuple[int, ...], columns: int) -> list[jax.Array]:
-    """The tiles of the kernels side by side, float32."""
+    """The tiles of the kernels side by side, float32; zeros fill up what is narrower than a tile."""
     wide_kn = jnp.concatenate(kernels, axis=1)
+    wide_kn = jnp.pad(wide_kn, ((0, 0), (0, max(0, columns - wide_kn.shape[1]))))
     return [wide_kn[:, start : start + columns].astype(jnp.float32) for start in starts]
 
 
 def _join(tiles: list[SolvedLinear], starts: tuple[int, ...], widths: tuple[int, ...]) -> list[SolvedLinear]:
     """The linears that tiles were cut from."""
-    parts = [_resplit(np.concatenate, leaves, starts, widths) for leaves in zip(*map(jax.tree.leaves, tiles), strict=True)]
-    linears = [jax.tree.unflatten(jax.tree.structure(tiles[0]), leaves) for leaves in zip(*parts, strict=True)]
-    shapes = [(tiles[0].packed.shape[0], width) for width in widths]
+    k, columns = tiles[0].packed.shape
+    parts = [
+        _resplit(np.concatenate, leaves, starts, widths, columns) for leaves in zip(*map(jax.tree.leaves, tiles), strict=True)
+    ]
+    linears = [jax.tree.unflatten(jax.tree.structure(tiles[0]), part) for part in zip(*parts, strict=True)]
+    shapes = [(k, width) for width in widths]
     return [
         linear._replace(packed=dataclasses.replace(linear.packed, shape=shape))
         for linear, shape in zip(linears, shapes, strict=True)
@@ -137,15 +152,14 @@ def _join(tiles: list[SolvedLinear], starts: tuple[int, ...], widths: tuple[int,
 
 @functools.partial(jax.jit, static_argnames=("starts", "widths"))
 def _join_kernels(kernels: list[jax.Array], starts: tuple[int, ...], widths: tuple[int, ...]) -> list[jax.Array]:
-    return _resplit(jnp.concatenate, kernels, starts, widths)
+    return _resplit(jnp.concatenate, kernels, starts, widths, kernels[0].shape[1])
 
 
 def _resplit(
-    concatenate: Callable[..., Part], tiles: Sequence[Part], starts: tuple[int, ...], widths: tuple[int, ...]
+    concatenate: Callable[..., Part], tiles: Sequence[Part], starts: tuple[int, ...], widths: tuple[int, ...], columns: int
 ) -> list[Part]:
     """Cuts tiles anew, into parts of these widths, along their last axis: columns, or `bits/32` of them in packed zero points."""
     total, size = sum(widths), tiles[0].shape[-1]
-    columns = total - starts[-1]
     ends = (*starts[1:], total)
     used = [tile[..., : (end - start) * size // columns] for tile, start, end in zip(tiles, starts, ends, strict=True)]
     wide, bounds = concatenate(used, axis=-1), [sum(widths[:index]) * size // columns for index in range(len(widths) + 1)]

@@ -21,26 +21,28 @@ class Factor(NamedTuple):
     finite: Bool[jax.Array, ""]  # False where even the largest damping left a factor that is not finite
 
 
-def inverse_factor(h_kk: Float[jax.Array, "K K"]) -> Float[jax.Array, "K K"]:
-    """Factors the inverse of a positive definite matrix as `H^-1 = U^T U`, by halves, without forming H^-1 or a factor of H.
+def inverse_factor(h_kk: Float[jax.Array, "K K"], added_k: Float[jax.Array, " K"]) -> Float[jax.Array, "K K"]:
+    """Factors the inverse of a positive definite matrix as `(H + diag(added))^-1 = U^T U`, by halves.
 
     `H = R R^T` for an upper triangular R, and `U = R^-1`. With `H = [[A, B], [B^T, D]]`: U2 from D; `S = -B U2^T`; U1 from the
-    Schur complement `A - S S^T`; then `U = [[U1, U1 S U2], [0, U2]]`. The textbook route (factor, invert, factor again) takes
-    three times the work; here all but the smallest pieces is matmuls, 2/3 K^3 multiplications at their speed.
+    Schur complement `A - S S^T`; then `U = [[U1, U1 S U2], [0, U2]]`. Neither H^-1 nor a factor of H is formed: the textbook
+    route (factor, invert, factor again) takes three times the work. All but the smallest pieces is matmuls, 2/3 K^3
+    multiplications at their speed, and only the smallest meet the diagonal: no damped copy of H is made.
 
     Args:
       h_kk: float32 `[K, K]`, symmetric.
+      added_k: what is added to its diagonal.
 
     Returns:
-      Upper triangular U; not finite where H is not positive definite.
+      Upper triangular U; not finite where the sum is not positive definite.
     """
     k = h_kk.shape[0]
     if k <= _FACTORED_DIRECTLY:
-        return _factored_directly(h_kk)
+        return _factored_directly(jnp.where(jnp.eye(k, dtype=bool), h_kk + added_k[None, :], h_kk))
     half = k // 2
-    lower = inverse_factor(h_kk[half:, half:])
+    lower = inverse_factor(h_kk[half:, half:], added_k[half:])
     mixed = _product(-h_kk[:half, half:], lower.T)
-    upper = inverse_factor(h_kk[:half, :half] - _product(mixed, mixed.T))
+    upper = inverse_factor(h_kk[:half, :half] - _product(mixed, mixed.T), added_k[:half])
     corner = _product(_product(upper, mixed), lower)
     return jnp.concatenate([jnp.concatenate([upper, corner], axis=1), jnp.pad(lower, ((0, 0), (half, 0)))])
 
@@ -90,12 +92,10 @@ def damped_inverse_factor(h_kk: Float[jax.Array, "K K"], damping: float) -> Fact
     live_k = diag_k > 0
     mean = jnp.sum(jnp.where(live_k, diag_k, 0.0)) / jnp.maximum(jnp.sum(live_k.astype(jnp.float32)), 1.0)
     mean = jnp.where(mean > 0, mean, 1.0)
-    on_diagonal = jnp.eye(h_kk.shape[0], dtype=bool)
-    filled_k = jnp.where(diag_k == 0, mean, diag_k)
+    filling_k = jnp.where(diag_k == 0, mean, 0.0)
 
     def attempt(fraction: jax.Array) -> Factor:
-        damped_kk = jnp.where(on_diagonal, (filled_k + fraction * mean)[None, :], h_kk)
-        u_kk = inverse_factor(jax.lax.optimization_barrier(damped_kk))
+        u_kk = inverse_factor(h_kk, filling_k + fraction * mean)
         return Factor(u_kk, fraction, all_finite(u_kk))
 
     def next_damping(factor: Factor) -> jax.Array:
