@@ -3,9 +3,9 @@
     python benchmarks/bench_memory.py
 
 Two random Llamas of the same block (2048 wide, 5632 inner, bfloat16: 103 MB), one of 5 blocks and one of 20 (2 GB), each
-quantized to 4 bit in a process of its own that streams finished blocks into the output folder. If memory is bounded by blocks,
-both peaks are the same. Reported are the peak resident set of the process, and that of a process that only imports jgptq and
-compiles nothing.
+quantized to 4 bit, in its own dtype, in a process of its own that streams finished blocks into the output folder. If memory is
+bounded by blocks, both peaks are the same. Reported are the peak resident set of the process, and that of a process that only
+imports jgptq and compiles nothing.
 """
 
 import json
@@ -29,7 +29,7 @@ def measure(blocks: int, work: Path) -> dict[str, float]:
     nbytes = sum(path.stat().st_size for path in model.glob("*.safetensors"))
     tokens = random_tokens(work / "tokens.npy", SAMPLES, SEQ_LEN, BLOCK["vocab"])
     command = [sys.executable, str(HERE / "job_jgptq.py"), str(model), str(tokens), str(work / "out"), str(work / "result.json")]
-    subprocess.run([*command, "--dtype", "float32"], check=True, env=os.environ | {"PYTHONPATH": str(HERE.parent)})
+    subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": str(HERE.parent)})
     job = json.loads((work / "result.json").read_text())
     return {
         "blocks": blocks,
@@ -52,7 +52,7 @@ def main() -> None:
         "peak_over_checkpoint": runs[1]["peak_rss_bytes"] / runs[1]["checkpoint_bytes"],
     }
     print(json.dumps({"summary": summary, "runs": runs}, indent=1))
-    job = {"block": BLOCK, "samples": SAMPLES, "seq_len": SEQ_LEN, "bits": 4, "group_size": 128, "dtype": "float32"}
+    job = {"block": BLOCK, "samples": SAMPLES, "seq_len": SEQ_LEN, "bits": 4, "group_size": 128, "dtype": "auto"}
     print("wrote", write_result("memory_cpu", {**circumstances(), "job": job, "summary": summary, "runs": runs}))
 
 

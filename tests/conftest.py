@@ -1,7 +1,14 @@
-"""Strict arithmetic for every test: no implicit promotion of dtypes or ranks."""
+"""Strict arithmetic for every test (no implicit promotion of dtypes or ranks), and what several rooms share."""
+
+from pathlib import Path
 
 import hypothesis
 import jax
+import pytest
+import tiny
+from texts import hub, tokenizer, tokenizer_folder  # noqa: F401, fixtures for all
+
+from converters import save_hf
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -9,3 +16,13 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # An example may be the first of its shape and compile.
 hypothesis.settings.register_profile("compiling", deadline=None)
 hypothesis.settings.load_profile("compiling")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tiny.folder(tmp_path / "model")
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    return save_hf(tiny.decoder(), tmp_path / "model", format="float", max_shard_size="40KB")

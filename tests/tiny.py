@@ -47,3 +47,10 @@ def folder(path: Path, **changes: Any) -> Path:
 
 def tokens(samples: int = 24, length: int = SEQ_LEN, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, VOCAB, (samples, length)).astype(np.int32)
+
+
+def assert_same(left, right) -> None:
+    """Checks that two trees hold the same leaves."""
+    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))

@@ -1,0 +1,285 @@
+"""Folders that are damaged, foreign or not there: what is wrong is named."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import huggingface_hub
+import numpy as np
+import pytest
+import safetensors.numpy
+import tiny
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import assert_same
+
+import jgptq
+from converters import load_hf, save_hf
+from converters.checkpoint import INDEX, SINGLE, resolve_folder
+from jgptq.errors import ArchitectureError, CheckpointError
+
+
+def edit_header(path: Path, change) -> None:
+    """Rewrites a safetensors file with a changed header over the same data."""
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
+
+
+@pytest.mark.parametrize("kept", [3, 8, 200, -1])
+def test_a_truncated_file_says_how_many_bytes_are_missing(folder: Path, kept: int):
+    raw = (folder / SINGLE).read_bytes()
+    (folder / SINGLE).write_bytes(raw[:kept])
+    with pytest.raises(CheckpointError, match=rf"(?s){SINGLE}: truncated.*\d+ .*found|expected, {len(raw) - 1} found"):
+        load_hf(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda header: header["model.norm.weight"].update(dtype="F32"),
+        lambda header: header["model.norm.weight"].update(shape=[63]),
+        lambda header: header["model.norm.weight"].update(data_offsets=[10, 4]),
+        lambda header: header["model.norm.weight"].pop("shape"),
+        lambda header: header.update({"model.norm.weight": 7}),
+    ],
+)
+def test_a_header_that_contradicts_itself_is_corrupt(folder: Path, change):
+    edit_header(folder / SINGLE, change)
+    with pytest.raises(CheckpointError, match=f"{SINGLE}: the header is corrupt"):
+        load_hf(folder)
+
+
+@given(st.binary(max_size=300))
+def test_no_bytes_crash_the_reader(tmp_path_factory: pytest.TempPathFactory, raw: bytes):
+    folder = tmp_path_factory.mktemp("garbage")
+    (folder / "config.json").write_text(
+        json.dumps(
+            {
+                "model_type": "llama",
+                "vocab_size": 32,
+                "hidden_size": 32,
+                "intermediate_size": 32,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+            }
+        )
+    )
+    (folder / SINGLE).write_bytes(raw)
+    with pytest.raises(CheckpointError):
+        load_hf(folder)
+
+
+def test_missing_shards_are_listed_together(sharded: Path):
+    shards = sorted(sharded.glob("*.safetensors"))
+    shards[0].unlink()
+    shards[2].unlink()
+    with pytest.raises(
+        CheckpointError, match=rf"(?s){shards[0].name}: the shard is missing.*{shards[2].name}: the shard is missing"
+    ):
+        load_hf(sharded)
+
+
+@pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/outside.safetensors", "a/b.safetensors", ".."])
+def test_an_index_that_leaves_the_folder_is_refused(sharded: Path, name: str):
+    outside = sharded.parent / "outside.safetensors"
+    shutil.copy(next(sharded.glob("*.safetensors")), outside)
+    index = json.loads((sharded / INDEX).read_text())
+    index["weight_map"]["model.norm.weight"] = name
+    (sharded / INDEX).write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="files outside the folder"):
+        load_hf(sharded)
+
+
+def test_an_index_that_names_the_wrong_shard_is_refused(sharded: Path):
+    index = json.loads((sharded / INDEX).read_text())
+    files = sorted(set(index["weight_map"].values()))
+    index["weight_map"]["model.norm.weight"] = files[0]
+    (sharded / INDEX).write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=f"model.norm.weight is not in {files[0]}"):
+        load_hf(sharded)
+
+
+def test_all_missing_misshapen_and_integer_tensors_are_listed_at_once(folder: Path):
+    tensors = safetensors.numpy.load_file(folder / SINGLE)
+    del tensors["model.layers.0.mlp.up_proj.weight"]
+    tensors["model.layers.1.self_attn.k_proj.weight"] = np.zeros((64, 32), np.float16)
+    tensors["model.norm.weight"] = np.zeros(64, np.int32)
+    safetensors.numpy.save_file(tensors, folder / SINGLE)
+    with pytest.raises(CheckpointError) as caught:
+        load_hf(folder)
+    message = str(caught.value)
+    assert "3 tensors do not fit" in message
+    assert "model.layers.0.mlp.up_proj.weight is missing, expected [96, 64]" in message
+    assert "model.layers.1.self_attn.k_proj.weight has shape [64, 32], expected [32, 64]" in message
+    assert "model.norm.weight has dtype I32, expected a float" in message
+
+
+def test_tensors_that_the_model_does_not_have_are_refused_but_for_known_leftovers(folder: Path):
+    tensors = safetensors.numpy.load_file(folder / SINGLE)
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(8, np.float32)
+    safetensors.numpy.save_file(tensors, folder / SINGLE)
+    load_hf(folder)
+    tensors["model.layers.0.self_attn.q_proj.bias"] = np.zeros(64, np.float16)
+    safetensors.numpy.save_file(tensors, folder / SINGLE)
+    with pytest.raises(CheckpointError, match=r"1 tensors that a llama does not have: model\.layers\.0\.self_attn\.q_proj\.bias"):
+        load_hf(folder)
+
+
+def test_quantized_parts_that_are_missing_or_misshapen_are_named(tmp_path: Path):
+    quantized, _ = jgptq.quantize(tiny.decoder(), method="rtn", group_size=32)
+    out = save_hf(quantized, tmp_path / "out")
+    tensors = safetensors.numpy.load_file(out / SINGLE)
+    del tensors["model.layers.0.mlp.up_proj.scales"]
+    tensors["model.layers.1.mlp.up_proj.qweight"] = tensors["model.layers.1.mlp.up_proj.qweight"][:, :32].copy()
+    safetensors.numpy.save_file(tensors, out / SINGLE)
+    with pytest.raises(
+        CheckpointError, match=r"(?s)0\.mlp\.up_proj\.scales is missing.*1\.mlp\.up_proj: qweight must be int32 \[8, 96\]"
+    ):
+        load_hf(out)
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "message"),
+    [
+        (None, CheckpointError, "config.json: missing"),
+        ("{", CheckpointError, "not readable as JSON"),
+        ("[]", CheckpointError, "expected a JSON object"),
+        ('{"model_type": "mamba"}', ArchitectureError, "known are llama, mistral, qwen2, qwen3"),
+        ('{"model_type": "llama"}', CheckpointError, "vocab_size, hidden_size"),
+    ],
+)
+def test_a_config_that_cannot_be_used_is_refused(folder: Path, content: str | None, error: type, message: str):
+    (folder / "config.json").unlink() if content is None else (folder / "config.json").write_text(content)
+    with pytest.raises(error, match=message):
+        load_hf(folder)
+
+
+def test_other_quantization_methods_are_refused_by_name(folder: Path):
+    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": {"quant_method": "awq"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ArchitectureError, match="quantization method 'awq'"):
+        load_hf(folder)
+
+
+def test_a_folder_without_safetensors_says_what_it_found(folder: Path):
+    (folder / SINGLE).rename(folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"found pytorch_model\.bin: save the model as safetensors first"):
+        load_hf(folder)
+
+
+@pytest.mark.parametrize("name", ["no_such_folder", "./no/such", "a/b/c"])
+def test_names_that_are_neither_folder_nor_hub_id_are_refused(name: str):
+    with pytest.raises(CheckpointError, match="not a folder"):
+        resolve_folder(name)
+
+
+def test_hub_ids_are_fetched_without_code_and_failures_name_them(monkeypatch: pytest.MonkeyPatch, folder: Path):
+    calls = []
+
+    def fetch(name: str, allow_patterns: list[str]) -> str:
+        calls.append((name, allow_patterns))
+        if name == "someone/lost":
+            raise OSError("no network")
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    assert_same(load_hf("someone/model"), tiny.decoder())
+    assert not any("py" in pattern or "bin" in pattern for pattern in calls[0][1])
+    with pytest.raises(CheckpointError, match=r"someone/lost.*no network"):
+        load_hf("someone/lost")
+
+
+def rewrite(folder: Path, change) -> Path:
+    """Changes the tensors of a folder, as another writer may have left them."""
+    tensors = safetensors.numpy.load_file(folder / SINGLE)
+    change(tensors)
+    safetensors.numpy.save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, folder / SINGLE)
+    return folder
+
+
+@pytest.fixture
+def quantized_folder(tmp_path: Path) -> Path:
+    quantized, _ = jgptq.quantize(tiny.decoder(), method="rtn", sym=False, group_size=32)
+    with pytest.warns(UserWarning, match="vLLM refuses asymmetric"):
+        return save_hf(quantized, tmp_path / "quantized", format="gptq_v2")
+
+
+def edit_config(folder: Path, change) -> None:
+    for name in ("config.json", "quantize_config.json"):
+        value = json.loads((folder / name).read_text())
+        change(value["quantization_config"] if name == "config.json" else value)
+        (folder / name).write_text(json.dumps(value))
+
+
+def test_a_version_named_only_by_format_is_honoured(quantized_folder: Path):
+    before = load_hf(quantized_folder)
+    edit_config(quantized_folder, lambda config: config.pop("checkpoint_format"))
+    assert_same(before, load_hf(quantized_folder))
+    edit_config(quantized_folder, lambda config: config.update(format="gptq_p"))
+    with pytest.raises(ArchitectureError, match="checkpoint_format 'gptq_p'"):
+        load_hf(quantized_folder)
+
+
+def test_a_folder_with_only_quantize_config_is_read(quantized_folder: Path):
+    before = load_hf(quantized_folder)
+    config = json.loads((quantized_folder / "config.json").read_text())
+    del config["quantization_config"]
+    (quantized_folder / "config.json").write_text(json.dumps(config))
+    assert_same(before, load_hf(quantized_folder))
+
+
+def test_biases_of_zeros_that_old_writers_add_are_passed_over_and_others_are_not(quantized_folder: Path):
+    name = "model.layers.0.mlp.up_proj.bias"
+    load_hf(rewrite(quantized_folder, lambda tensors: tensors.update({name: np.zeros(96, np.float16)})))
+    rewrite(quantized_folder, lambda tensors: tensors.update({name: np.ones(96, np.float16)}))
+    with pytest.raises(CheckpointError, match=r"up_proj\.bias"):
+        load_hf(quantized_folder)
+
+
+@pytest.mark.filterwarnings("ignore:vLLM refuses asymmetric")
+def test_act_order_survives_and_is_declared(tmp_path: Path, quantized_folder: Path):
+    order = np.random.default_rng(0).permutation(np.arange(96, dtype=np.int32) // 32)
+    rewrite(quantized_folder, lambda tensors: tensors.update({"model.layers.0.mlp.down_proj.g_idx": order}))
+    loaded = load_hf(quantized_folder)
+    np.testing.assert_array_equal(loaded.layers[0].mlp.down_proj.kernel.get_value().order, order)
+    with pytest.warns(UserWarning, match="vLLM refuses desc_act"):
+        out = save_hf(loaded, tmp_path / "again", format="gptq_v2")
+    assert json.loads((out / "config.json").read_text())["quantization_config"]["desc_act"] is True
+    assert_same(loaded, load_hf(out))
+
+
+@pytest.mark.filterwarnings("ignore:vLLM refuses asymmetric")
+def test_a_linear_that_was_left_float_stays_declared(tmp_path: Path, quantized_folder: Path):
+    def leave_float(tensors: dict) -> None:
+        for part in ("qweight", "qzeros", "scales", "g_idx"):
+            del tensors[f"model.layers.0.mlp.up_proj.{part}"]
+        tensors["model.layers.0.mlp.up_proj.weight"] = np.ones((96, 64), np.float16)
+
+    out = save_hf(load_hf(rewrite(quantized_folder, leave_float)), tmp_path / "again", format="gptq_v2")
+    rules = json.loads((out / "config.json").read_text())["quantization_config"]["dynamic"]
+    assert [bool(re.match(rule[2:], "model.layers.0.mlp.up_proj")) for rule in rules] == [True]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.update({"model.layers.0.mlp.up_proj.qzeros": np.zeros(4, np.int32)}), "must be matrices"),
+        (lambda t: t.update({"model.layers.0.mlp.up_proj.qweight": np.zeros((10, 96), np.int32)}), "fit no width"),
+        (lambda t: t.update({"model.layers.0.mlp.up_proj.g_idx": np.full(64, 99, np.int32)}), "g_idx holds groups 99 to 99"),
+    ],
+)
+def test_malformed_packed_parts_are_named(quantized_folder: Path, change, message: str):
+    with pytest.raises(CheckpointError, match=rf"(?s)up_proj.*{message}"):
+        load_hf(rewrite(quantized_folder, change))
+
+
+@pytest.mark.parametrize("broken", [{"bits": None}, {"group_size": None}, {"group_size": 0}])
+def test_a_quantization_config_without_numbers_is_refused(quantized_folder: Path, broken: dict):
+    edit_config(quantized_folder, lambda config: config.update(broken))
+    with pytest.raises(CheckpointError, match="needs bits and group_size"):
+        load_hf(quantized_folder)
