@@ -60,7 +60,9 @@ def quantize(
     file_format: Annotated[str, typer.Option("--format", help="gptq (v1, symmetric) or gptq_v2.")] = "gptq",
     seed: Annotated[int, typer.Option(help="Seed of the choice of samples.")] = 0,
     dtype: Dtype = "auto",
-    batch_size: Annotated[int | None, typer.Option(help="Samples run at once; by default about 4096 tokens' worth.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Samples run at once; by default about 4096 tokens' worth, 1024 on a CPU.")
+    ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Size of one file at most.")] = "5GB",
     allow_rtn_fallback: Annotated[bool, typer.Option(help="Round a linear that cannot be solved, instead of stopping.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace OUT, or the rest of another run, if it exists.")] = False,
