@@ -139,8 +139,9 @@ def test_inverse_factor_is_upper_and_factors_the_inverse(problem):
 @pytest.mark.parametrize("k", [256, 257, 600, 1100])
 def test_inverse_factor_by_halves_is_the_inverse_of_the_upper_factor(k: int):
     inputs = np.random.default_rng(k).normal(size=(2 * k, k))
-    h_kk = inputs.T @ inputs / k
-    found = np.asarray(inverse_factor(jnp.asarray(h_kk, jnp.float32), jnp.zeros(len(h_kk))))
+    h_kk, added_k = inputs.T @ inputs / k, np.linspace(0.1, 1.0, k)
+    found = np.asarray(inverse_factor(jnp.asarray(h_kk, jnp.float32), jnp.asarray(added_k, jnp.float32)))
+    h_kk += np.diag(added_k)
     np.testing.assert_array_equal(np.tril(found, -1), 0)
     np.testing.assert_allclose(found, np.linalg.inv(np.linalg.cholesky(h_kk[::-1, ::-1])[::-1, ::-1]), atol=2e-4)
 

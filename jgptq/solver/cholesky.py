@@ -78,8 +78,8 @@ def diagonal(a_kk: Float[jax.Array, "K K"]) -> Float[jax.Array, " K"]:
 def damped_inverse_factor(h_kk: Float[jax.Array, "K K"], damping: float) -> Factor:
     """Factors `(H + lambda mean(diag H) I)^-1`, raising lambda until the factor is finite.
 
-    Rows of K that no token touched (a zero on the diagonal) get the mean of the others on their diagonal, so that they neither
-    give nor take any compensation. Lambda starts at `damping` and is multiplied by 10 up to at most 1; all inside jit.
+    Rows of K that no token touched are zeros in H: left with the damping alone, they neither give nor take any compensation, and
+    the mean is that of the others. Lambda starts at `damping` and is multiplied by 10 up to at most 1; all inside jit.
 
     Args:
       h_kk: float32 `[K, K]`, symmetric, finite.
@@ -92,10 +92,9 @@ def damped_inverse_factor(h_kk: Float[jax.Array, "K K"], damping: float) -> Fact
     live_k = diag_k > 0
     mean = jnp.sum(jnp.where(live_k, diag_k, 0.0)) / jnp.maximum(jnp.sum(live_k.astype(jnp.float32)), 1.0)
     mean = jnp.where(mean > 0, mean, 1.0)
-    filling_k = jnp.where(diag_k == 0, mean, 0.0)
 
     def attempt(fraction: jax.Array) -> Factor:
-        u_kk = inverse_factor(h_kk, filling_k + fraction * mean)
+        u_kk = inverse_factor(h_kk, jnp.full_like(diag_k, fraction * mean))
         return Factor(u_kk, fraction, all_finite(u_kk))
 
     def next_damping(factor: Factor) -> jax.Array:
