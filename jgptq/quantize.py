@@ -121,7 +121,7 @@ def quantize(
             last = index == len(plans) - 1
             if index in finished:
                 if not last:
-                    _pass_through(finished[index][0], carries, run.dtype)
+                    _pass_through(finished[index][0], plan, carries, run.dtype)
                 bar.advance(f"layers.{index} was done", len(plan))
                 continue
             packed, rows = _quantize_block(index, block, plan, carries, last, run, bar)
@@ -154,7 +154,7 @@ def _quantize_block(
     packed: dict[str, PackedTensor] = {}
     rows: list[LinearReport] = []
     prefix = f"layers.{index}."
-    measured = [bool(carries) and decision.kept_float is None for decision in plan] + [False]
+    measured = _measured(plan, carries)
     total = observe(work, carries, 0) if measured[0] else None
     for number, (stage, decision) in enumerate(zip(work.stages(), plan, strict=True)):
         bar.describe(f"layers.{index} {' '.join(name.rpartition('.')[2] for name in stage.names)}")
@@ -171,6 +171,11 @@ def _quantize_block(
             total = advance(work, carries, number, observe_next=measured[number + 1])
         bar.advance()
     return _with_kernels(block, packed), tuple(rows)
+
+
+def _measured(plan: Sequence[StagePlan], carries: Sequence[Carry]) -> list[bool]:
+    """Whether each stage's Hessian is summed; False for the stage after the last, which is another block's."""
+    return [bool(carries) and decision.kept_float is None for decision in plan] + [False]
 
 
 _finite = jax.jit(lambda leaves: [jnp.all(jnp.isfinite(leaf)) for leaf in leaves])
@@ -251,7 +256,7 @@ def _kept_row(name: str, linear: Any, reason: str) -> LinearReport:
     return LinearReport(name=name, k=k, n=n, outcome=KEPT_FLOAT, note=f"Stays float: {reason}.")
 
 
-def _pass_through(block: Block, carries: list[Carry], dtype: jnp.dtype) -> None:
+def _pass_through(block: Block, plan: Sequence[StagePlan], carries: list[Carry], dtype: jnp.dtype) -> None:
     """Moves the batches through a finished block exactly as the run that made it did."""
     if not carries:
         return
@@ -261,8 +266,10 @@ def _pass_through(block: Block, carries: list[Carry], dtype: jnp.dtype) -> None:
             kernel = linear.kernel.get_value()
             if isinstance(kernel, PackedTensor):
                 linear.kernel.set_value(kernel.dequantize().astype(dtype))
-    for number in range(len(work.stages())):
-        advance(work, carries, number, observe_next=False)
+    measured = _measured(plan, carries)
+    for number in range(len(plan)):
+        # The sums are not needed, but the program is: another one might round otherwise, and the files would differ.
+        advance(work, carries, number, observe_next=measured[number + 1])
 
 
 def _with_kernels(block: Block, packed: Mapping[str, PackedTensor]) -> Block:
