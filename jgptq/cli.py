@@ -77,7 +77,7 @@ def quantize(
     from converters import FolderSink, load_hf
     from converters.quantization import check_format
     from converters.shards import refuse_existing
-    from jgptq.quantize import make_config
+    from jgptq.config import make_config
     from jgptq.report import linear_table
 
     config = make_config(

@@ -62,16 +62,18 @@ def pack(
     codes_kn: Int[jax.Array, "K N"],
     scale_gn: Float[jax.Array, "G N"],
     zero_gn: Int[jax.Array, "G N"] | None = None,
+    order_k: Int[jax.Array, " K"] | None = None,
     *,
     bits: int,
     group_size: int,
 ) -> PackedTensor:
-    """Packs codes of contiguous groups.
+    """Packs codes.
 
     Args:
       codes_kn: unsigned codes `[K, N]`, K and N multiples of 32.
       scale_gn: float16 or bfloat16 scales `[G, N]`.
       zero_gn: integer zero points `[G, N]`; None for a symmetric grid.
+      order_k: int32 group of each row `[K]`; None where groups are contiguous.
       bits: width of a code.
       group_size: rows in a group, or -1 for all of K.
 
@@ -83,6 +85,7 @@ def pack(
         qweight=pack_codes(codes_kn, bits),
         scales=scale_gn,
         zeros=zeros,
+        order=order_k,
         bits=bits,
         group_size=group_size,
         shape=(codes_kn.shape[0], codes_kn.shape[1]),

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +14,20 @@ from jgptq.errors import CalibrationError, ConfigError
 from jgptq.hostmem import to_device
 from jgptq.models import Block, Carry, Decoder
 from jgptq.notation import Array
-from jgptq.solver.hessian import HessianSum, accumulate, empty
+from jgptq.solver.drift import StageSums, accumulate_drift, empty_drift
+from jgptq.solver.hessian import accumulate, empty
 
 CPU_BATCH_TOKENS = 1024
 BATCH_TOKENS = 4096
 """Tokens in one calibration batch, unless a single sample is longer. What a batch makes on its way through a stage should fit a
 CPU's cache, and fill a GPU."""
+
+
+class Batch(NamedTuple):
+    """A calibration batch on its way."""
+
+    carry: Carry  # through the quantized blocks
+    reference: Carry | None  # through the float ones; None where nothing looks at it
 
 
 def cut_batches(params: Decoder, calib: Array | None, batch_size: int | None, config: QuantizeConfig) -> list[np.ndarray]:
@@ -38,8 +47,11 @@ def cut_batches(params: Decoder, calib: Array | None, batch_size: int | None, co
       CalibrationError: tokens that are missing, empty, or outside the vocabulary.
     """
     if calib is None:
-        if config.method != "rtn":
-            raise CalibrationError(f"method {config.method!r} needs calibration tokens; see jgptq.calibration_tokens")
+        if config.method != "rtn" or config.grid_search == "hessian" or config.tune:
+            raise CalibrationError(
+                f"method {config.method!r} with scale {config.grid_search!r} and {config.tune} steps of tuning needs calibration "
+                "tokens; see jgptq.calibration_tokens"
+            )
         return []
     tokens = np.asarray(calib)
     if tokens.ndim != 2:
@@ -54,60 +66,83 @@ def cut_batches(params: Decoder, calib: Array | None, batch_size: int | None, co
     return [tokens[start : start + rows].astype(np.int32) for start in range(0, samples, rows)]
 
 
-def embed(params: Decoder, batches: Sequence[np.ndarray]) -> list[Carry]:
-    """The residual stream of every batch before the first block."""
+def embed(params: Decoder, batches: Sequence[np.ndarray], *, reference: bool) -> list[Batch]:
+    """Every batch before the first block, where the quantized and the float stream are still the same."""
     if not batches:
         return []
     table = to_device(params.embed_tokens)
-    return [Carry(_embed(table, jnp.asarray(tokens), params.config.compute_dtype)) for tokens in batches]
+    carries = [Carry(_embed(table, jnp.asarray(tokens), params.config.compute_dtype)) for tokens in batches]
+    return [Batch(carry, carry if reference else None) for carry in carries]
 
 
 _embed = jax.jit(lambda module, tokens, dtype: module(tokens, dtype), static_argnums=2)
 
 
-def observe(work: Block, carries: Sequence[Carry], stage: int) -> HessianSum:
-    """Sums the Hessian of what a stage's linears read, over all batches.
+def observe(work: Block, reference: Block, batches: Sequence[Batch], stage: int, *, drift: bool) -> StageSums:
+    """Sums over all batches what a stage's linears read.
 
     Args:
-      work: the block, on the device.
-      carries: the batches as they enter the stage.
+      work: the block that is quantized, on the device.
+      reference: the float block, likewise.
+      batches: as they enter the stage.
       stage: which of the block's stages.
+      drift: whether the stage's solve looks at the float model.
     """
-    total = _empty(work, stage)
-    for carry in carries:
-        total = _observe(work, carry, total, stage=stage)
+    total = _empty(work, batches, stage, drift)
+    for batch in batches:
+        total = _observe(work, reference, batch, total, stage=stage)
     return total
 
 
-def advance(work: Block, carries: list[Carry], stage: int, *, observe_next: bool) -> HessianSum | None:
+def advance(
+    work: Block, reference: Block, batches: list[Batch], stage: int, *, observe_next: bool, drift: bool
+) -> StageSums | None:
     """Moves every batch through a stage, in place, so that only one batch exists twice at a time.
 
     Args:
       work: the block, on the device, with the kernels that the stage goes on with.
-      carries: the batches as they enter the stage; as they leave it, afterwards.
+      reference: the float block, likewise.
+      batches: as they enter the stage; as they leave it, afterwards.
       stage: which of the block's stages.
-      observe_next: whether to sum the Hessian of what the next stage reads, as `observe` would, on the way.
+      observe_next: whether to sum what the next stage reads, as `observe` would, on the way.
+      drift: whether the next stage's solve looks at the float model.
 
     Returns:
-      That sum, or None.
+      Those sums, or None.
     """
-    total = _empty(work, stage + 1) if observe_next else None
-    for index, carry in enumerate(carries):
-        carries[index], total = _advance(work, carry, total, stage=stage)
+    total = _empty(work, batches, stage + 1, drift) if observe_next else None
+    for index, batch in enumerate(batches):
+        batches[index], total = _advance(work, reference, batch, total, stage=stage)
     return total
 
 
-def _empty(work: Block, stage: int) -> HessianSum:
-    return empty(work.stages()[stage].linears[0].kernel.get_value().shape[0])
+def _empty(work: Block, batches: Sequence[Batch], number: int, drift: bool) -> StageSums:
+    stage = work.stages()[number]
+    k = stage.linears[0].kernel.get_value().shape[0]
+    width = batches[0].carry.residual.shape[-1] if stage.adds else None
+    return StageSums(empty(k), empty_drift(k, width) if drift else None)
+
+
+def _accumulate(work: Block, reference: Block, batch: Batch, total: StageSums, stage: int) -> StageSums:
+    h = work.stages()[stage].inputs(batch.carry)
+    drift = total.drift
+    if drift is not None and batch.reference is not None:
+        h_float = reference.stages()[stage].inputs(batch.reference)
+        lost = batch.reference.residual.astype(jnp.float32) - batch.carry.residual.astype(jnp.float32)
+        drift = accumulate_drift(drift, h, h_float, lost)
+    return StageSums(accumulate(total.hessian, h), drift)
 
 
 @functools.partial(jax.jit, static_argnames="stage", donate_argnames="total")
-def _observe(block: Block, carry: Carry, total: HessianSum, *, stage: int) -> HessianSum:
-    return accumulate(total, block.stages()[stage].inputs(carry))
+def _observe(work: Block, reference: Block, batch: Batch, total: StageSums, *, stage: int) -> StageSums:
+    return _accumulate(work, reference, batch, total, stage)
 
 
 @functools.partial(jax.jit, static_argnames="stage", donate_argnames="total")
-def _advance(block: Block, carry: Carry, total: HessianSum | None, *, stage: int) -> tuple[Carry, HessianSum | None]:
-    stages = block.stages()
-    carry = stages[stage](carry)
-    return carry, None if total is None else accumulate(total, stages[stage + 1].inputs(carry))
+def _advance(
+    work: Block, reference: Block, batch: Batch, total: StageSums | None, *, stage: int
+) -> tuple[Batch, StageSums | None]:
+    carry = work.stages()[stage](batch.carry)
+    beside = None if batch.reference is None else reference.stages()[stage](batch.reference)
+    batch = Batch(carry, beside)
+    return batch, None if total is None else _accumulate(work, reference, batch, total, stage + 1)

@@ -15,19 +15,20 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jgptq.config import QuantizeConfig
+from jgptq.config import QuantizeConfig, make_config
 from jgptq.errors import ConfigError, NumericalError
 from jgptq.hostmem import to_device
-from jgptq.models import Block, Carry, Decoder, Stage
+from jgptq.models import Block, Decoder, Stage
 from jgptq.notation import Array, Int
 from jgptq.packed import PackedTensor
-from jgptq.passes import advance, cut_batches, embed, observe
+from jgptq.passes import Batch, advance, cut_batches, embed, observe
 from jgptq.plan import StagePlan, packed_widths, plan_decoder
 from jgptq.progress import Progress
-from jgptq.solver import Outcome, Prepared
-from jgptq.solver.hessian import HessianSum
-from jgptq.solving import SolvedLinear, SolvedStage, prepare_stage, solve_stage, tile_columns
+from jgptq.solver import Outcome
+from jgptq.solver.drift import StageSums
+from jgptq.solving import PreparedStage, SolvedLinear, SolvedStage, prepare_stage, solve_stage, tile_columns
 from jgptq.summary import KEPT_FLOAT, LinearReport, Report
+from jgptq.tune import Lesson, tune
 
 Rows = tuple[LinearReport, ...]
 
@@ -113,49 +114,42 @@ def quantize(
     for name, module in (("embed_tokens", params.embed_tokens), ("norm", params.norm), ("lm_head", params.lm_head)):
         if module is not None:
             _check_finite(name, to_device(module))
-    carries = embed(params, batches)
+    moving = embed(params, batches, reference=config.asymmetric or config.tune > 0)
     columns = {k: tile_columns(widths) for k, widths in packed_widths(params, plans).items()}
     run = _Run(config=config, dtype=params.config.compute_dtype, columns=columns)
     with Progress(sum(len(plan) for plan in plans), progress) as bar:
         for index, (block, plan) in enumerate(zip(params.layers, plans, strict=True)):
-            last = index == len(plans) - 1
+            last = index == len(plans) - 1 and not config.tune
             if index in finished:
                 if not last:
-                    _pass_through(finished[index][0], plan, carries, run.dtype)
+                    _pass_through(finished[index][0], block, plan, moving, run)
                 bar.advance(f"layers.{index} was done", len(plan))
                 continue
-            packed, rows = _quantize_block(index, block, plan, carries, last, run, bar)
+            packed, rows = _quantize_block(index, block, plan, moving, last, run, bar)
             sink.write(index, packed, rows)
     finished = sink.done()
     blocks = [finished[index] for index in range(len(plans))]
-    report = Report(config=config, rows=tuple(row for _, rows in blocks for row in rows), seconds=time.monotonic() - started)
-    return _assemble(params, [block for block, _ in blocks], config), report
-
-
-def make_config(settings: Mapping[str, Any]) -> QuantizeConfig:
-    """The config that keyword settings describe.
-
-    Raises:
-      ConfigError: an unknown name (those known are listed), or a value out of range.
-    """
-    known = [field.name for field in dataclasses.fields(QuantizeConfig)]
-    unknown = [name for name in settings if name not in known]
-    if unknown:
-        raise ConfigError(f"unknown settings {', '.join(unknown)}; known are {', '.join(known)}")
-    return QuantizeConfig(**settings)
+    quantized, tuning = _assemble(params, [block for block, _ in blocks], config), None
+    if config.tune:
+        streams = [batch.reference.residual for batch in moving if batch.reference is not None]
+        quantized, tuning = tune(quantized, [Lesson(*pair) for pair in zip(batches, streams, strict=True)], config.tune)
+    rows = tuple(row for _, rows in blocks for row in rows)
+    return quantized, Report(config=config, rows=rows, seconds=time.monotonic() - started, tuning=tuning)
 
 
 def _quantize_block(
-    index: int, block: Block, plan: Sequence[StagePlan], carries: list[Carry], last: bool, run: _Run, bar: Progress
+    index: int, block: Block, plan: Sequence[StagePlan], batches: list[Batch], last: bool, run: _Run, bar: Progress
 ) -> tuple[Block, Rows]:
     """Quantizes one block and moves the batches through it; returns it packed, with its report rows."""
     work = to_device(block)
+    reference = _reference(work, batches)
     _check_finite(f"layers.{index}", work)
     packed: dict[str, PackedTensor] = {}
     rows: list[LinearReport] = []
     prefix = f"layers.{index}."
-    measured = _measured(plan, carries)
-    total = observe(work, carries, 0) if measured[0] else None
+    measured = _measured(plan, batches)
+    drift = run.config.asymmetric
+    total = observe(work, reference, batches, 0, drift=drift) if measured[0] else None
     for number, (stage, decision) in enumerate(zip(work.stages(), plan, strict=True)):
         bar.describe(f"layers.{index} {' '.join(name.rpartition('.')[2] for name in stage.names)}")
         if decision.kept_float is not None:
@@ -168,14 +162,21 @@ def _quantize_block(
             rows += stage_rows
             packed |= solved
         if not (last and number == len(plan) - 1):
-            total = advance(work, carries, number, observe_next=measured[number + 1])
+            total = advance(work, reference, batches, number, observe_next=measured[number + 1], drift=drift)
         bar.advance()
     return _with_kernels(block, packed), tuple(rows)
 
 
-def _measured(plan: Sequence[StagePlan], carries: Sequence[Carry]) -> list[bool]:
+def _reference(work: Block, batches: Sequence[Batch]) -> Block:
+    """The float block: another view of the same arrays, whose kernels stay when those of `work` are replaced. Where nothing
+    follows the float model, `work` itself stands in for it."""
+    beside = any(batch.reference is not None for batch in batches)
+    return jax.tree.map(lambda leaf: leaf, work) if beside else work
+
+
+def _measured(plan: Sequence[StagePlan], batches: Sequence[Batch]) -> list[bool]:
     """Whether each stage's Hessian is summed; False for the stage after the last, which is another block's."""
-    return [bool(carries) and decision.kept_float is None for decision in plan] + [False]
+    return [bool(batches) and decision.kept_float is None for decision in plan] + [False]
 
 
 _finite = jax.jit(lambda leaves: [jnp.all(jnp.isfinite(leaf)) for leaf in leaves])
@@ -191,12 +192,12 @@ def _check_finite(path: str, module: nnx.Module) -> None:
 
 
 def _solve_stage(
-    prefix: str, stage: Stage, total: HessianSum | None, run: _Run
+    prefix: str, stage: Stage, total: StageSums | None, run: _Run
 ) -> tuple[dict[str, PackedTensor], list[LinearReport]]:
     """Solves the linears of a stage, and puts their expanded kernels into the block that the stage is of."""
     started = time.monotonic()
     prepared = None if total is None else prepare_stage(total, run.config)
-    tokens = 0 if total is None else int(total.tokens)
+    tokens = 0 if total is None else int(total.hessian.tokens)
     solved, note = _solve_checked(prefix, stage, prepared, run)
     seconds = time.monotonic() - started
     width = sum(result.packed.shape[1] for result in solved.linears)
@@ -208,7 +209,7 @@ def _solve_stage(
     return packed, rows
 
 
-def _solve_checked(prefix: str, stage: Stage, prepared: Prepared | None, run: _Run) -> tuple[SolvedStage, str]:
+def _solve_checked(prefix: str, stage: Stage, prepared: PreparedStage | None, run: _Run) -> tuple[SolvedStage, str]:
     """A usable solution and what there is to say of it; a failed solve is an error, unless the caller allowed rounding."""
     kernels = tuple(jnp.asarray(linear.kernel.get_value()) for linear in stage.linears)
     columns = run.columns[kernels[0].shape[0]]
@@ -256,20 +257,23 @@ def _kept_row(name: str, linear: Any, reason: str) -> LinearReport:
     return LinearReport(name=name, k=k, n=n, outcome=KEPT_FLOAT, note=f"Stays float: {reason}.")
 
 
-def _pass_through(block: Block, plan: Sequence[StagePlan], carries: list[Carry], dtype: jnp.dtype) -> None:
+def _pass_through(block: Block, original: Block, plan: Sequence[StagePlan], batches: list[Batch], run: _Run) -> None:
     """Moves the batches through a finished block exactly as the run that made it did."""
-    if not carries:
+    if not batches:
         return
     work = to_device(block)
     for stage in work.stages():
         for linear in stage.linears:
             kernel = linear.kernel.get_value()
             if isinstance(kernel, PackedTensor):
-                linear.kernel.set_value(kernel.dequantize().astype(dtype))
-    measured = _measured(plan, carries)
+                linear.kernel.set_value(kernel.dequantize().astype(run.dtype))
+    beside = any(batch.reference is not None for batch in batches)
+    reference = to_device(original) if beside else work
+    measured = _measured(plan, batches)
     for number in range(len(plan)):
         # The sums are not needed, but the program is: another one might round otherwise, and the files would differ.
-        advance(work, carries, number, observe_next=measured[number + 1])
+        observed = measured[number + 1]
+        advance(work, reference, batches, number, observe_next=observed, drift=run.config.asymmetric)
 
 
 def _with_kernels(block: Block, packed: Mapping[str, PackedTensor]) -> Block:

@@ -5,6 +5,7 @@ tiles of equally many columns: memory does not grow with the width of the stage,
 that read equally many features.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -19,7 +20,8 @@ from jgptq.config import ROW_MULTIPLE, QuantizeConfig
 from jgptq.notation import Array, Float, Int
 from jgptq.packed import PackedTensor, pack
 from jgptq.solver import Prepared, prepare, round_to_nearest, solve_columns
-from jgptq.solver.hessian import HessianSum, hessian
+from jgptq.solver.drift import StageSums, mean_drift
+from jgptq.solver.hessian import hessian
 
 Part = TypeVar("Part", jax.Array, np.ndarray)
 _CPU_COLUMNS = 4096
@@ -69,15 +71,33 @@ def _round_up(columns: int) -> int:
     return -(-columns // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
+class PreparedStage(NamedTuple):
+    """What all columns of a stage share, and what the residual stream lost before they are added to it."""
+
+    shared: Prepared
+    residual_kd: Float[jax.Array, "K D"] | None
+
+
+def prepare_stage(total: StageSums, config: QuantizeConfig) -> PreparedStage:
+    """The Hessian of the sums, prepared for all columns that read what was summed."""
+    with _precision(config):
+        return _prepare_stage(total, config)
+
+
 @functools.partial(jax.jit, static_argnames="config")
-def prepare_stage(total: HessianSum, config: QuantizeConfig) -> Prepared:
-    """The Hessian of a sum, prepared for all columns that read what was summed."""
-    return prepare(hessian(total), config)
+def _prepare_stage(total: StageSums, config: QuantizeConfig) -> PreparedStage:
+    drift_kk, residual_kd = (None, None) if total.drift is None else mean_drift(total.drift)
+    shared = prepare(hessian(total.hessian), config, drift_kk)
+    return PreparedStage(shared, residual_kd if config.shifts_residual else None)
+
+
+def _precision(config: QuantizeConfig) -> contextlib.AbstractContextManager[object]:
+    return jax.enable_x64(True) if config.float64 else contextlib.nullcontext()
 
 
 def solve_stage(
     kernels: tuple[Float[jax.Array, "K N"], ...],
-    prepared: Prepared | None,
+    prepared: PreparedStage | None,
     config: QuantizeConfig,
     *,
     columns: int,
@@ -97,7 +117,13 @@ def solve_stage(
     """
     widths = tuple(kernel.shape[1] for kernel in kernels)
     starts = _starts(sum(widths), columns)
-    tiles = [_solve_tile(tile, prepared, config, dtype) for tile in _cut(kernels, starts, columns)]
+    shared, residual_kd = (None, None) if prepared is None else prepared
+    residuals = [None] * len(starts) if residual_kd is None else _cut((residual_kd,), starts, columns)
+    with _precision(config):
+        tiles = [
+            _solve_tile(tile, shared, residual_kn, config, dtype)
+            for tile, residual_kn in zip(_cut(kernels, starts, columns), residuals, strict=True)
+        ]
     return SolvedStage(
         linears=_join([jax.device_get(tile.linear) for tile in tiles], starts, widths),
         kernels=_join_kernels([tile.kernel for tile in tiles], starts, widths),
@@ -114,11 +140,19 @@ class _Tile(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype"))
-def _solve_tile(w_kn: jax.Array, prepared: Prepared | None, config: QuantizeConfig, dtype: jnp.dtype) -> _Tile:
+def _solve_tile(
+    w_kn: jax.Array, prepared: Prepared | None, residual_kn: jax.Array | None, config: QuantizeConfig, dtype: jnp.dtype
+) -> _Tile:
     """All that is computed for a tile between the Hessian's factor and the packed result, as one program."""
-    solution = round_to_nearest(w_kn, config) if prepared is None else solve_columns(w_kn, prepared, config)
-    zero_gn = None if config.sym else solution.zero_gn
-    packed = pack(solution.codes_kn, solution.scale_gn, zero_gn, bits=config.bits, group_size=config.group_size)
+    solution = round_to_nearest(w_kn, config) if prepared is None else solve_columns(w_kn, prepared, config, residual_kn)
+    packed = pack(
+        solution.codes_kn,
+        solution.scale_gn,
+        None if config.sym else solution.zero_gn,
+        solution.group_k,
+        bits=config.bits,
+        group_size=config.group_size,
+    )
     linear = SolvedLinear(packed, solution.loss_n, solution.rtn_loss_n)
     return _Tile(linear, solution.dequantize().astype(dtype), solution.damping, solution.outcome)
 
@@ -139,13 +173,15 @@ def _cut(kernels: tuple[jax.Array, ...], starts: tuple[int, ...], columns: int) 
 def _join(tiles: list[SolvedLinear], starts: tuple[int, ...], widths: tuple[int, ...]) -> list[SolvedLinear]:
     """The linears that tiles were cut from."""
     k, columns = tiles[0].packed.shape
+    order = tiles[0].packed.order
+    tiles = [tile._replace(packed=dataclasses.replace(tile.packed, order=None)) for tile in tiles]
     parts = [
         _resplit(np.concatenate, leaves, starts, widths, columns) for leaves in zip(*map(jax.tree.leaves, tiles), strict=True)
     ]
     linears = [jax.tree.unflatten(jax.tree.structure(tiles[0]), part) for part in zip(*parts, strict=True)]
     shapes = [(k, width) for width in widths]
     return [
-        linear._replace(packed=dataclasses.replace(linear.packed, shape=shape))
+        linear._replace(packed=dataclasses.replace(linear.packed, order=order, shape=shape))
         for linear, shape in zip(linears, shapes, strict=True)
     ]
 

@@ -33,12 +33,23 @@ KEPT_FLOAT = "KEPT_FLOAT"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class TuningReport:
+    """How far scales and norms were moved towards the float model's predictions."""
+
+    steps: int
+    before: float  # mean divergence of predictions from the float model's, in nats, on held-out calibration batches
+    after: float  # the same afterwards
+    kept: bool  # False where it did not fall: the model is as it was before
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
     """A whole run."""
 
     config: QuantizeConfig
     rows: tuple[LinearReport, ...]
     seconds: float  # wall time of the run, blocks that were already done excluded
+    tuning: TuningReport | None = None  # None where nothing was tuned
 
     @property
     def kept_float(self) -> tuple[LinearReport, ...]:
@@ -55,6 +66,7 @@ class Report:
         body: dict[str, Any] = {
             "config": dataclasses.asdict(self.config),
             "seconds": self.seconds,
+            "tuning": None if self.tuning is None else dataclasses.asdict(self.tuning),
             "linears": [row_to_dict(row) for row in self.rows],
         }
         return json.dumps(body, indent=1)

@@ -77,36 +77,52 @@ class BlockResult(NamedTuple):
     """What `gptq_block` finds for R rows and N columns."""
 
     codes_rn: jax.Array  # uint8 [R, N], unsigned codes
-    error_rn: jax.Array  # float32 [R, N], (w - dequantized) / u_kk, to be spread over the rows that follow
+    error_rn: jax.Array  # [R, N], (w - dequantized) / u_kk, to be spread over the rows that follow
+    turn_rn: jax.Array  # [R, N], each row as it was when its turn came; [0, N] without a drift
 
 
-def gptq_block(w_rn: jax.Array, u_rr: jax.Array, scale_n: jax.Array, zero_n: jax.Array, *, bits: int) -> BlockResult:
+def gptq_block(
+    w_rn: jax.Array,
+    u_rr: jax.Array,
+    scale_rn: jax.Array,
+    zero_rn: jax.Array,
+    drift_rr: jax.Array | None = None,
+    *,
+    bits: int,
+) -> BlockResult:
     """Quantizes R rows in sequence, each compensating the error of those before it (GPTQ, Frantar et al. 2022, algorithm 1).
 
     For k = 0..R-1: `code_k = clip(round(w_k / scale) + zero)`, `e_k = (w_k - scale * (code_k - zero)) / u[k, k]`, and
-    `w_j -= u[k, j] * e_k` for every later row j. All rows share one scale and one zero point for each column. Rounding is half to
-    even, the division a true division.
+    `w_j -= u[k, j] * e_k` for every later row j; with a drift also `w_j += drift[k, j] * w_k` (GPTAQ, arXiv 2504.02692).
+    Rounding is half to even, the division a true division.
 
     Args:
-      w_rn: float32 `[R, N]`, rows as updated by all rows before this block.
-      u_rr: float32 `[R, R]`, the diagonal block of the upper factor U, H^-1 = U^T U.
-      scale_n: float32 `[N]`.
-      zero_n: float32 `[N]`, integers.
+      w_rn: float `[R, N]`, rows as updated by all rows before this block.
+      u_rr: float `[R, R]`, the diagonal block of the upper factor U, H^-1 = U^T U.
+      scale_rn: float `[R, N]`, or `[1, N]` where all rows share a scale.
+      zero_rn: float of the same shape, integers.
+      drift_rr: float `[R, R]`, strictly upper; None for plain GPTQ.
       bits: width of a code.
 
     Returns:
-      The codes, and the errors that the caller spreads over the rows after this block.
+      The codes, and the errors and rows that the caller spreads over the rows after this block.
     """
+    product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+    shared = scale_rn.shape[0] == 1
 
-    def step(k: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        error_rn, codes_rn = carry
+    def step(k: jax.Array, carry: BlockResult) -> BlockResult:
         # Rows that are yet to come hold a zero error, so that the whole column of U may be used.
-        w_n = w_rn[k] - jnp.matmul(u_rr[:, k], error_rn, precision=jax.lax.Precision.HIGHEST)
+        w_n = w_rn[k] - product(u_rr[:, k], carry.error_rn)
+        if drift_rr is not None:
+            w_n = w_n + product(drift_rr[:, k], carry.turn_rn)
+        scale_n, zero_n = (part[0] if shared else part[k] for part in (scale_rn, zero_rn))
         code_n = jnp.clip(jnp.round(w_n / scale_n) + zero_n, 0, 2**bits - 1)
         error_n = (w_n - scale_n * (code_n - zero_n)) / u_rr[k, k]
         put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=k, axis=0)
-        return put(error_rn, error_n), put(codes_rn, code_n.astype(jnp.uint8))
+        turn_rn = carry.turn_rn if drift_rr is None else put(carry.turn_rn, w_n)
+        return BlockResult(put(carry.codes_rn, code_n.astype(jnp.uint8)), put(carry.error_rn, error_n), turn_rn)
 
-    start = jnp.zeros(w_rn.shape, jnp.float32), jnp.zeros(w_rn.shape, jnp.uint8)
-    error_rn, codes_rn = jax.lax.fori_loop(0, w_rn.shape[0], step, start)
-    return BlockResult(codes_rn, error_rn)
+    # Without a drift nobody reads the rows of the turn, and none are kept.
+    turn_rn = jnp.zeros(w_rn.shape if drift_rr is not None else (0, w_rn.shape[1]), w_rn.dtype)
+    start = BlockResult(jnp.zeros(w_rn.shape, jnp.uint8), jnp.zeros(w_rn.shape, w_rn.dtype), turn_rn)
+    return jax.lax.fori_loop(0, w_rn.shape[0], step, start)

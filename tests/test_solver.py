@@ -15,8 +15,8 @@ from jgptq.solver import Outcome, prepare, round_to_nearest, solve, solve_column
 from jgptq.solver.cholesky import damped_inverse_factor, inverse_factor
 from jgptq.solver.grid import minmax_grid
 from jgptq.solver.hessian import accumulate, empty, hessian
-from jgptq.solver.order import group_order
-from jgptq.solver.solve import solver_block
+from jgptq.solver.compensate import solver_block
+from jgptq.solver.order import row_order
 
 K, N, T = 192, 40, 600
 
@@ -31,7 +31,7 @@ def problem() -> tuple[np.ndarray, np.ndarray]:
 
 def solved(problem: tuple[np.ndarray, np.ndarray], **settings: object):
     w_kn, h_kk = problem
-    return solve(jnp.asarray(w_kn), jnp.asarray(h_kk), QuantizeConfig(**settings))
+    return solve(jnp.asarray(w_kn), jnp.asarray(h_kk), QuantizeConfig(**{"scale": "minmax"} | settings))
 
 
 @pytest.mark.parametrize("sym", [True, False])
@@ -67,7 +67,7 @@ def test_rtn_method_is_the_textbook_rounding(problem, bits: int, sym: bool):
     solution = solved(problem, bits=bits, group_size=64, sym=sym, method="rtn")
     np.testing.assert_allclose(solution.dequantize(), expected, atol=1e-7)
     assert Outcome(int(solution.outcome)) is Outcome.ROUNDED
-    bare = round_to_nearest(jnp.asarray(w_kn), QuantizeConfig(bits=bits, group_size=64, sym=sym))
+    bare = round_to_nearest(jnp.asarray(w_kn), QuantizeConfig(bits=bits, group_size=64, sym=sym, scale="minmax"))
     np.testing.assert_array_equal(bare.codes_kn, solution.codes_kn)
     assert bool(jnp.all(jnp.isnan(bare.loss_n)))
 
@@ -85,7 +85,7 @@ def test_losses_are_the_trace_with_the_undamped_hessian(problem):
 def test_group_order_equals_solving_the_permuted_problem(problem, group_size: int):
     w_kn, h_kk = problem
     rows = K if group_size == -1 else group_size
-    order = group_order(jnp.diagonal(jnp.asarray(h_kk)), rows)
+    order = row_order("group", jnp.diagonal(jnp.asarray(h_kk)), rows)
     permuted = np.asarray(order.rows_k)
     found = np.asarray(solved(problem, group_size=group_size, order="group").dequantize())
     expected = oracles.obq_fixed_order(w_kn[permuted], h_kk[np.ix_(permuted, permuted)], 4, rows, True, damping=0.01)
@@ -95,7 +95,7 @@ def test_group_order_equals_solving_the_permuted_problem(problem, group_size: in
 @given(st.lists(st.floats(0, 100, width=32, allow_subnormal=False), min_size=96, max_size=96))
 def test_group_order_keeps_groups_whole_and_puts_the_important_first(diag: list[float]):
     values = np.asarray(diag, np.float32)
-    order = group_order(jnp.asarray(values), 32)
+    order = row_order("group", jnp.asarray(values), 32)
     rows = np.asarray(order.rows_k)
     assert sorted(rows) == list(range(96))
     np.testing.assert_array_equal(rows.reshape(3, 32) // 32, np.repeat(np.asarray(order.groups_g)[:, None], 32, axis=1))
@@ -107,7 +107,7 @@ def test_group_order_keeps_groups_whole_and_puts_the_important_first(diag: list[
 def test_wide_solve_equals_separate_solves(problem):
     w_kn, h_kk = problem
     wide = solved(problem, bits=4, group_size=32)
-    left = solve(jnp.asarray(w_kn[:, :8]), jnp.asarray(h_kk), QuantizeConfig(bits=4, group_size=32))
+    left = solve(jnp.asarray(w_kn[:, :8]), jnp.asarray(h_kk), QuantizeConfig(bits=4, group_size=32, scale="minmax"))
     np.testing.assert_array_equal(wide.codes_kn[:, :8], left.codes_kn)
     np.testing.assert_array_equal(wide.scale_gn[:, :8], left.scale_gn)
 
@@ -116,7 +116,7 @@ def test_second_matrix_of_a_shape_compiles_nothing(problem):
     w_kn, h_kk = problem
     solved(problem, bits=4, group_size=64)
     before = prepare._cache_size(), solve_columns._cache_size()
-    solve(jnp.asarray(w_kn * 2), jnp.asarray(h_kk * 3), QuantizeConfig(bits=4, group_size=64))
+    solve(jnp.asarray(w_kn * 2), jnp.asarray(h_kk * 3), QuantizeConfig(bits=4, group_size=64, scale="minmax"))
     assert (prepare._cache_size(), solve_columns._cache_size()) == before
 
 
@@ -186,13 +186,13 @@ def test_dead_rows_are_rounded_to_nearest_and_disturb_no_other(problem):
     w_kn, h_kk = problem
     dead = h_kk.copy()
     dead[[3, 100], :] = dead[:, [3, 100]] = 0
-    found = solve(jnp.asarray(w_kn), jnp.asarray(dead), QuantizeConfig(group_size=64, order="none"))
+    found = solve(jnp.asarray(w_kn), jnp.asarray(dead), QuantizeConfig(group_size=64, order="none", scale="minmax"))
     error = np.abs(np.asarray(found.dequantize()) - w_kn)[[3, 100]]
     half_step = np.asarray(found.scale_gn, np.float32)[[0, 1]] / 2
     assert np.all(error <= half_step * 1.01 + 1e-6)
     louder = w_kn.copy()
     louder[3] *= 0.5
-    again = solve(jnp.asarray(louder), jnp.asarray(dead), QuantizeConfig(group_size=64, order="none"))
+    again = solve(jnp.asarray(louder), jnp.asarray(dead), QuantizeConfig(group_size=64, order="none", scale="minmax"))
     np.testing.assert_array_equal(np.asarray(again.codes_kn)[64:], np.asarray(found.codes_kn)[64:])
 
 
@@ -201,7 +201,9 @@ def test_dead_rows_are_rounded_to_nearest_and_disturb_no_other(problem):
     [
         (1.0, np.zeros((64, 64)), Outcome.ZERO_HESSIAN),
         (1.0, np.full((64, 64), np.nan), Outcome.NONFINITE_HESSIAN),
-        (1.0, -np.eye(64) * 1e6 + np.diag(np.r_[1.0, np.zeros(63)]) * 2e6, Outcome.NOT_FACTORED),
+        (1.0, np.eye(64) + 100 * np.eye(64)[::-1], Outcome.NOT_FACTORED),
+        (1.0, -np.eye(64), Outcome.NOT_A_HESSIAN),
+        (1.0, np.eye(64) + np.triu(np.full((64, 64), 0.1)), Outcome.NOT_A_HESSIAN),
         (np.inf, np.eye(64), Outcome.NONFINITE_WEIGHTS),
         (1e7, np.eye(64), Outcome.SCALE_OVERFLOW),
     ],
@@ -235,7 +237,10 @@ def test_a_group_of_zeros_stays_zero():
         ({"group_size": 48}, "multiple of 32"),
         ({"group_size": 0}, "multiple of 32"),
         ({"method": "awq"}, "method must be one of"),
-        ({"order": "desc_act"}, "order must be one of"),
+        ({"order": "descending"}, "order must be one of"),
+        ({"scale": "max"}, "scale must be one of"),
+        ({"target_shift": 1.5}, "target_shift must be in"),
+        ({"refine": -1}, "refine must not be negative"),
         ({"damping": 0.0}, "damping"),
     ],
 )

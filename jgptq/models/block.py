@@ -34,6 +34,7 @@ class Stage:
     linears: tuple[Linear, ...]  # the linears themselves, in the order of `names`
     inputs: Callable[[Carry], jax.Array]  # what all of them read, [b, S, K]
     combine: Callable[[Carry, list[jax.Array]], Carry]  # what follows them
+    adds: bool = False  # whether the output is added to the residual stream of the carry, as it is
 
     def __call__(self, carry: Carry) -> Carry:
         """Runs the stage."""
@@ -137,14 +138,14 @@ class Block(nnx.Module):
                 lambda carry: self.input_layernorm(carry.residual),
                 lambda carry, outs: Carry(carry.residual, attn.mix(*outs)),
             ),
-            Stage(("self_attn.o_proj",), (attn.o_proj,), branch, add),
+            Stage(("self_attn.o_proj",), (attn.o_proj,), branch, add, adds=True),
             Stage(
                 ("mlp.gate_proj", "mlp.up_proj"),
                 (mlp.gate_proj, mlp.up_proj),
                 lambda carry: self.post_attention_layernorm(carry.residual),
                 lambda carry, outs: Carry(carry.residual, mlp.gated(*outs)),
             ),
-            Stage(("mlp.down_proj",), (mlp.down_proj,), branch, add),
+            Stage(("mlp.down_proj",), (mlp.down_proj,), branch, add, adds=True),
         )
 
     def __call__(self, residual: Float[jax.Array, "b S D"]) -> Float[jax.Array, "b S D"]:

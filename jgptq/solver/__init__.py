@@ -1,6 +1,16 @@
 """Quantization of one linear: arrays in, arrays out."""
 
 from jgptq.solver.outcome import Outcome
-from jgptq.solver.solve import Prepared, Solution, output_loss, prepare, round_to_nearest, solve, solve_columns
+from jgptq.solver.solve import Prepared, Solution, output_loss, prepare, round_to_nearest, solve, solve_columns, solve_many
 
-__all__ = ["Outcome", "Prepared", "Solution", "output_loss", "prepare", "round_to_nearest", "solve", "solve_columns"]
+__all__ = [
+    "Outcome",
+    "Prepared",
+    "Solution",
+    "output_loss",
+    "prepare",
+    "round_to_nearest",
+    "solve",
+    "solve_columns",
+    "solve_many",
+]

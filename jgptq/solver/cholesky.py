@@ -16,7 +16,7 @@ _LANES = 8
 class Factor(NamedTuple):
     """A factor of the damped inverse, and the damping that it took."""
 
-    u_kk: Float[jax.Array, "K K"]  # float32, upper triangular
+    u_kk: Float[jax.Array, "K K"]  # upper triangular
     damping: Float[jax.Array, ""]  # fraction of the mean diagonal that was added
     finite: Bool[jax.Array, ""]  # False where even the largest damping left a factor that is not finite
 
@@ -30,7 +30,7 @@ def inverse_factor(h_kk: Float[jax.Array, "K K"], added_k: Float[jax.Array, " K"
     multiplications at their speed, and only the smallest meet the diagonal: no damped copy of H is made.
 
     Args:
-      h_kk: float32 `[K, K]`, symmetric.
+      h_kk: float `[K, K]`, symmetric.
       added_k: what is added to its diagonal.
 
     Returns:
@@ -66,13 +66,21 @@ def _product(a: jax.Array, b: jax.Array) -> jax.Array:
 def all_finite(a_kk: Float[jax.Array, "R K"]) -> Bool[jax.Array, ""]:
     """Whether a matrix holds neither NaN nor infinity, as seen in the sum of its entries: two products, quick to compile."""
     r, k = a_kk.shape
-    return jnp.isfinite(jnp.ones((_LANES, r)) @ a_kk @ jnp.ones((k, _LANES)))[0, 0]
+    return jnp.isfinite(jnp.ones((_LANES, r), a_kk.dtype) @ a_kk @ jnp.ones((k, _LANES), a_kk.dtype))[0, 0]
 
 
 def diagonal(a_kk: Float[jax.Array, "K K"]) -> Float[jax.Array, " K"]:
     """The diagonal, as a strided slice: a gather takes longer to compile and to run."""
     k = a_kk.shape[0]
     return jax.lax.slice(a_kk.reshape(-1), (0,), (k * k,), (k + 1,))
+
+
+def added_damping(diag_k: Float[jax.Array, " K"], damping: Float[jax.Array, ""]) -> Float[jax.Array, " K"]:
+    """What a damping adds to each entry of the diagonal: that fraction of the mean of the entries above zero; or of one, if none
+    is."""
+    live_k = diag_k > 0
+    mean = jnp.sum(jnp.where(live_k, diag_k, 0.0)) / jnp.maximum(jnp.sum(live_k.astype(diag_k.dtype)), 1.0)
+    return jnp.full_like(diag_k, damping.astype(diag_k.dtype) * jnp.where(mean > 0, mean, 1.0))
 
 
 def damped_inverse_factor(h_kk: Float[jax.Array, "K K"], damping: float) -> Factor:
@@ -82,19 +90,16 @@ def damped_inverse_factor(h_kk: Float[jax.Array, "K K"], damping: float) -> Fact
     the mean is that of the others. Lambda starts at `damping` and is multiplied by 10 up to at most 1; all inside jit.
 
     Args:
-      h_kk: float32 `[K, K]`, symmetric, finite.
+      h_kk: float `[K, K]`, symmetric, finite.
       damping: the first lambda.
 
     Returns:
       The factor, the lambda it needed, and whether it is finite.
     """
     diag_k = diagonal(h_kk)
-    live_k = diag_k > 0
-    mean = jnp.sum(jnp.where(live_k, diag_k, 0.0)) / jnp.maximum(jnp.sum(live_k.astype(jnp.float32)), 1.0)
-    mean = jnp.where(mean > 0, mean, 1.0)
 
     def attempt(fraction: jax.Array) -> Factor:
-        u_kk = inverse_factor(h_kk, jnp.full_like(diag_k, fraction * mean))
+        u_kk = inverse_factor(h_kk, added_damping(diag_k, fraction))
         return Factor(u_kk, fraction, all_finite(u_kk))
 
     def next_damping(factor: Factor) -> jax.Array:

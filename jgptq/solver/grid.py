@@ -1,18 +1,23 @@
-"""The integer grid of a group: its scale and zero point, and round-to-nearest on it."""
+"""The integer grid of a group: its scale and zero point, how they are chosen, and round-to-nearest on it."""
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from jgptq.config import Scale
 from jgptq.notation import Float
+
+MSE_EXPONENT = 2.4
+_COARSE = tuple(1.0 - 0.05 * step for step in range(17))
+_FINE = tuple(0.0125 * step for step in (-3, -2, -1, 1, 2, 3))
 
 
 class Grid(NamedTuple):
     """Points `scale * (code - zero)` for codes 0..2^bits-1, one grid a column."""
 
-    scale_n: Float[jax.Array, "*groups N"]  # float32, each exactly a float16, as files hold it
-    zero_n: Float[jax.Array, "*groups N"]  # float32 integers in 0..2^bits-1
+    scale_n: Float[jax.Array, "*groups N"]  # each exactly a float16, as files hold it
+    zero_n: Float[jax.Array, "*groups N"]  # integers in 0..2^bits-1
 
 
 def minmax_grid(w_rn: Float[jax.Array, "*groups R N"], bits: int, sym: bool) -> Grid:
@@ -23,31 +28,96 @@ def minmax_grid(w_rn: Float[jax.Array, "*groups R N"], bits: int, sym: bool) -> 
     works on the grid that the file will hold; a group of zeros gets scale 1.
 
     Args:
-      w_rn: float32 `[..., R, N]`, the rows of one group, or of several along leading axes.
+      w_rn: `[..., R, N]`, the rows of one group, or of several along leading axes.
       bits: width of a code.
       sym: whether the grid is symmetric.
 
     Returns:
       Scales and zero points `[..., N]`.
     """
-    max_code = 2**bits - 1
-    if sym:
-        scale_n = _storable(2.0 * jnp.max(jnp.abs(w_rn), axis=-2) / max_code)
-        return Grid(scale_n, jnp.full(scale_n.shape, 2.0 ** (bits - 1), jnp.float32))
-    low_n = jnp.minimum(jnp.min(w_rn, axis=-2), 0.0)
-    high_n = jnp.maximum(jnp.max(w_rn, axis=-2), 0.0)
-    scale_n = _storable((high_n - low_n) / max_code)
-    return Grid(scale_n, jnp.clip(jnp.round(-low_n / scale_n), 0, max_code))
+    return _shrunk(*_bounds(w_rn, sym), jnp.ones((), w_rn.dtype), bits, sym)
+
+
+def search_grid(
+    w_rn: Float[jax.Array, "*groups R N"],
+    weight_r: Float[jax.Array, "*groups R"] | None,
+    *,
+    bits: int,
+    sym: bool,
+    scale: Scale,
+) -> Grid:
+    """The grid of a group, its range shrunk to where rounding to nearest errs least.
+
+    A range that covers every weight spends points on the outliers. Ranges of p times the covering one, p from 1 to 0.2, are
+    tried in steps of 0.05 and then of 0.0125 around the best, and the error measured is `sum_r |w - q|^2.4` ("mse", as in the
+    published implementations) or `sum_r h_r (w - q)^2` ("hessian"), where h is the diagonal of H.
+
+    Args:
+      w_rn: `[..., R, N]`, the rows of one group, or of several along leading axes.
+      weight_r: `[..., R]`, the diagonal of H at these rows; only "hessian" reads it.
+      bits: width of a code.
+      sym: whether the grid is symmetric.
+      scale: "minmax" (no search), "mse" or "hessian".
+
+    Returns:
+      Scales and zero points `[..., N]`.
+    """
+    low_n, high_n = _bounds(w_rn, sym)
+    whole_n = jnp.ones_like(high_n)
+    if scale == "minmax":
+        return _shrunk(low_n, high_n, whole_n, bits, sym)
+
+    def error(part_n: jax.Array) -> jax.Array:
+        grid = _shrunk(low_n, high_n, part_n, bits, sym)
+        off_rn = w_rn - grid_points(w_rn, grid, bits)
+        if scale == "mse" or weight_r is None:
+            return jnp.sum(jnp.abs(off_rn) ** MSE_EXPONENT, axis=-2)
+        return jnp.sum(weight_r[..., None] * off_rn * off_rn, axis=-2)
+
+    def better(best: tuple[jax.Array, jax.Array], part_n: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
+        least_n, at_n = best
+        error_n = error(part_n)
+        return (jnp.minimum(error_n, least_n), jnp.where(error_n < least_n, part_n, at_n)), None
+
+    start = jnp.full_like(high_n, jnp.inf), whole_n
+    coarse = jnp.asarray(_COARSE, w_rn.dtype)
+    best, _ = jax.lax.scan(lambda best, part: better(best, part * whole_n), start, coarse)
+    middle_n = best[1]
+    fine = jnp.asarray(_FINE, w_rn.dtype)
+    best, _ = jax.lax.scan(lambda best, step: better(best, jnp.minimum(middle_n + step, 1.0)), best, fine)
+    return _shrunk(low_n, high_n, best[1], bits, sym)
 
 
 def nearest_codes(w_rn: Float[jax.Array, "*groups R N"], grid: Grid, bits: int) -> Float[jax.Array, "*groups R N"]:
-    """The code of the nearest grid point of each weight, `clip(round(w / scale) + zero, 0, 2^bits - 1)`, as float32."""
+    """The code of the nearest grid point of each weight, `clip(round(w / scale) + zero, 0, 2^bits - 1)`, as floats."""
     scale, zero = grid.scale_n[..., None, :], grid.zero_n[..., None, :]
     return jnp.clip(jnp.round(w_rn / scale) + zero, 0, 2**bits - 1)
 
 
-def _storable(scale_n: Float[jax.Array, "*groups N"]) -> Float[jax.Array, "*groups N"]:
+def grid_points(w_rn: Float[jax.Array, "*groups R N"], grid: Grid, bits: int) -> Float[jax.Array, "*groups R N"]:
+    """The nearest grid point of each weight."""
+    return grid.scale_n[..., None, :] * (nearest_codes(w_rn, grid, bits) - grid.zero_n[..., None, :])
+
+
+def storable(scale_n: Float[jax.Array, "*groups N"]) -> Float[jax.Array, "*groups N"]:
     """Rounds positive scales to float16 (never to zero), and zero scales to one."""
     smallest = float(jnp.finfo(jnp.float16).smallest_subnormal)
-    stored = jnp.maximum(scale_n, smallest).astype(jnp.float16).astype(jnp.float32)
+    stored = jnp.maximum(scale_n, smallest).astype(jnp.float16).astype(scale_n.dtype)
     return jnp.where(scale_n > 0, stored, 1.0)
+
+
+def _bounds(w_rn: jax.Array, sym: bool) -> tuple[jax.Array, jax.Array]:
+    """The ends of the covering range, which always holds zero."""
+    if sym:
+        high_n = jnp.max(jnp.abs(w_rn), axis=-2)
+        return -high_n, high_n
+    return jnp.minimum(jnp.min(w_rn, axis=-2), 0.0), jnp.maximum(jnp.max(w_rn, axis=-2), 0.0)
+
+
+def _shrunk(low_n: jax.Array, high_n: jax.Array, part_n: jax.Array, bits: int, sym: bool) -> Grid:
+    """The grid over `part` of a range."""
+    top = 2**bits - 1
+    scale_n = storable((high_n - low_n) * part_n / top)
+    if sym:
+        return Grid(scale_n, jnp.full(scale_n.shape, 2.0 ** (bits - 1), scale_n.dtype))
+    return Grid(scale_n, jnp.clip(jnp.round(-low_n * part_n / scale_n), 0, top))

@@ -14,6 +14,7 @@ class Outcome(enum.IntEnum):
     NONFINITE_HESSIAN = 5
     NONFINITE_WEIGHTS = 6
     SCALE_OVERFLOW = 7
+    NOT_A_HESSIAN = 8
 
     @property
     def failed(self) -> bool:
@@ -34,5 +35,6 @@ _MESSAGES = {
     Outcome.NOT_FACTORED: "No damping makes the Hessian positive definite: the activations overflow; try dtype float32.",
     Outcome.NONFINITE_HESSIAN: "The activations hold NaN or infinity: a layer before overflows; try dtype float32.",
     Outcome.NONFINITE_WEIGHTS: "The weights hold NaN or infinity: the checkpoint is damaged; fetch it again.",
+    Outcome.NOT_A_HESSIAN: "The Hessian is not symmetric or its diagonal is negative: it was not summed from activations.",
     Outcome.SCALE_OVERFLOW: "A scale is beyond the range of float16, in which files store it; check the weights.",
 }

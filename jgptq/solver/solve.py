@@ -6,16 +6,16 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jgptq.config import ROW_MULTIPLE, QuantizeConfig, group_rows
+from jgptq.config import QuantizeConfig, group_rows
+from jgptq.errors import ConfigError
 from jgptq.notation import Float, Int, UInt8
-from jgptq.solver.cholesky import all_finite, damped_inverse_factor, diagonal
-from jgptq.solver.grid import Grid, minmax_grid, nearest_codes
-from jgptq.solver.order import RowOrder, file_order, group_order, inverse_permutation
+from jgptq.solver.cholesky import added_damping, all_finite, damped_inverse_factor, diagonal
+from jgptq.solver.compensate import Compensated, compensate
+from jgptq.solver.grid import nearest_codes, search_grid
+from jgptq.solver.order import RowOrder, inverse_permutation, row_order
 from jgptq.solver.outcome import Outcome
-from pallas_kernels import gptq_block
-
-_MAX_BLOCK = 128
-_STEP = ROW_MULTIPLE
+from jgptq.solver.refine import SWEEPS, Refined, refine
+from jgptq.solver.target import gptaq_drift, in_sequence, qronos_start, shifted_target
 
 
 class Solution(NamedTuple):
@@ -24,7 +24,8 @@ class Solution(NamedTuple):
     codes_kn: UInt8[jax.Array, "K N"]  # unsigned codes
     scale_gn: Float[jax.Array, "G N"]  # float16
     zero_gn: Int[jax.Array, "G N"]  # int32
-    loss_n: Float[jax.Array, " N"]  # dW^T H dW of each column, with the undamped H
+    group_k: Int[jax.Array, " K"] | None  # int32, the group of each row; None where groups are runs of rows of the file
+    loss_n: Float[jax.Array, " N"]  # dW^T H dW of each column, with the undamped H, against the target of the solve
     rtn_loss_n: Float[jax.Array, " N"]  # the same for round-to-nearest on the same kind of grid
     damping: Float[jax.Array, ""]  # fraction of the mean diagonal that was added
     outcome: Int[jax.Array, ""]  # an `Outcome`
@@ -32,8 +33,10 @@ class Solution(NamedTuple):
     def dequantize(self) -> Float[jax.Array, "K N"]:
         """`scale * (code - zero)`, float32."""
         k, n = self.codes_kn.shape
-        codes_grn = self.codes_kn.astype(jnp.int32).reshape(self.scale_gn.shape[0], -1, n)
-        scale_gn = self.scale_gn.astype(jnp.float32)
+        codes_kn, scale_gn = self.codes_kn.astype(jnp.int32), self.scale_gn.astype(jnp.float32)
+        if self.group_k is not None:
+            return (codes_kn - self.zero_gn[self.group_k]).astype(jnp.float32) * scale_gn[self.group_k]
+        codes_grn = codes_kn.reshape(scale_gn.shape[0], -1, n)
         return ((codes_grn - self.zero_gn[:, None, :]).astype(jnp.float32) * scale_gn[:, None, :]).reshape(k, n)
 
 
@@ -42,118 +45,230 @@ class Prepared(NamedTuple):
 
     h_kk: Float[jax.Array, "K K"]  # undamped
     u_kk: Float[jax.Array, "K K"] | None  # upper factor of the damped inverse; None for round-to-nearest
+    drift_kk: Float[jax.Array, "K K"] | None  # 2/T X^T (X_f - X); None where the solve does not look at the float model
     order: RowOrder
     damping: Float[jax.Array, ""]  # fraction of the mean diagonal that was added
     outcome: Int[jax.Array, ""]  # an `Outcome`
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def prepare(h_kk: Float[jax.Array, "K K"], config: QuantizeConfig) -> Prepared:
+def prepare(h_kk: Float[jax.Array, "K K"], config: QuantizeConfig, drift_kk: Float[jax.Array, "K K"] | None = None) -> Prepared:
     """Orders the rows of K and factors the damped inverse Hessian, `H^-1 = U^T U`, once for all columns.
 
     Args:
-      h_kk: float32 `[K, K]`, the Hessian of `jgptq.solver.hessian`.
-      config: group size, method, order, damping.
+      h_kk: `[K, K]`, the Hessian of `jgptq.solver.hessian`.
+      config: group size, method, order, damping, float64.
+      drift_kk: `2/T X^T (X_f - X)` for the shift of targets and the asymmetric methods; None solves without.
 
     Returns:
       What `solve_columns` takes.
+
+    Raises:
+      ValueError: a Hessian that is not square, or a drift of another shape.
+      ConfigError: float64 is asked for where jax computes in float32 alone.
     """
-    k, _ = h_kk.shape
+    k = _checked_size(h_kk, drift_kk)
+    h_kk = h_kk.astype(_dtype(config))
     rows = group_rows(k, config.group_size)
     diag_k = diagonal(h_kk)
     finite = all_finite(h_kk)
+    symmetric = _is_symmetric(h_kk)
     if config.method == "rtn":
+        order = row_order("none", diag_k, rows)
         outcome = jnp.where(finite, Outcome.ROUNDED, Outcome.NONFINITE_HESSIAN)
-        return Prepared(h_kk, None, file_order(k, rows), jnp.float32(0), outcome)
-    order = group_order(diag_k, rows) if config.order == "group" else file_order(k, rows)
-    sequence_kk = h_kk[order.rows_k[:, None], order.rows_k[None, :]]
+        return Prepared(h_kk, None, None, order, jnp.float32(0), outcome)
+    order = row_order(config.order, diag_k, rows)
+    sequence_kk = in_sequence(h_kk, order)
     factor = damped_inverse_factor(sequence_kk, config.damping)
     outcome = jnp.where(factor.damping > config.damping, Outcome.RAISED_DAMPING, Outcome.SOLVED)
     outcome = jnp.where(factor.finite, outcome, Outcome.NOT_FACTORED)
-    outcome = jnp.where(jnp.any(diag_k > 0), outcome, Outcome.ZERO_HESSIAN)
+    outcome = jnp.where(jnp.any(diag_k != 0), outcome, Outcome.ZERO_HESSIAN)
+    outcome = jnp.where(symmetric & jnp.all(diag_k >= 0), outcome, Outcome.NOT_A_HESSIAN)
     outcome = jnp.where(finite, outcome, Outcome.NONFINITE_HESSIAN)
-    return Prepared(sequence_kk, factor.u_kk, order, factor.damping, outcome)
+    if drift_kk is not None:
+        outcome = jnp.where(all_finite(drift_kk), outcome, Outcome.NONFINITE_HESSIAN)
+        drift_kk = in_sequence(drift_kk.astype(h_kk.dtype), order)
+    return Prepared(sequence_kk, factor.u_kk, drift_kk, order, factor.damping, outcome)
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def solve_columns(w_kn: Float[jax.Array, "K N"], prepared: Prepared, config: QuantizeConfig) -> Solution:
+def solve_columns(
+    w_kn: Float[jax.Array, "K N"],
+    prepared: Prepared,
+    config: QuantizeConfig,
+    residual_kn: Float[jax.Array, "K N"] | None = None,
+) -> Solution:
     """Quantizes columns on a prepared Hessian; columns do not depend on each other, so any slice of a kernel may be given.
 
     Args:
-      w_kn: float32 `[K, N]`, in file order; K a multiple of the group size.
+      w_kn: `[K, N]`, in file order; K a multiple of the group size.
       prepared: from `prepare`, with the same config; a config of method "rtn" takes any.
       config: bits, group size, grid, method.
+      residual_kn: `2/T X^T D`, with D what the residual stream lost before these columns' outputs are added to it; or None.
 
     Returns:
       The solution; check `outcome` before use.
+
+    Raises:
+      ValueError: the Hessian was prepared for round-to-nearest, or without the drift that the method reads.
     """
+    w_kn = w_kn.astype(prepared.h_kk.dtype)
     rows_k = prepared.order.rows_k
-    rounded = round_to_nearest(w_kn, config)
-    rtn_loss_n = output_loss((w_kn - rounded.dequantize())[rows_k], prepared.h_kk)
+    rows = group_rows(w_kn.shape[0], config.group_size)
+    diag_k = diagonal(prepared.h_kk)
+    rounded = round_to_nearest(w_kn, config, diag_k[inverse_permutation(rows_k)])
+    off_kn = (w_kn - rounded.dequantize())[rows_k]
     if config.method == "rtn":
+        loss_n = output_loss(off_kn, prepared.h_kk)
         outcome = jnp.where(prepared.outcome == Outcome.NONFINITE_HESSIAN, prepared.outcome, rounded.outcome)
-        return _diagnose(rounded._replace(loss_n=rtn_loss_n, rtn_loss_n=rtn_loss_n, outcome=outcome), w_kn)
+        return _diagnose(rounded._replace(loss_n=loss_n, rtn_loss_n=loss_n, outcome=outcome), w_kn)
     if prepared.u_kk is None:
         raise ValueError("the Hessian was prepared for round-to-nearest; prepare it with the config of this solve")
-    rows = group_rows(w_kn.shape[0], config.group_size)
     sequence_kn = w_kn[rows_k]
-    codes_kn, grid = _compensate(sequence_kn, prepared.u_kk, rows, config)
-    found = Solution(
-        codes_kn=codes_kn,
-        scale_gn=grid.scale_n.astype(jnp.float16),
-        zero_gn=grid.zero_n.astype(jnp.int32),
-        loss_n=rtn_loss_n,
-        rtn_loss_n=rtn_loss_n,
-        damping=prepared.damping,
-        outcome=prepared.outcome,
+    target_kn = _target(sequence_kn, prepared, config, None if residual_kn is None else residual_kn[rows_k])
+    found = _improved(_compensated(sequence_kn, target_kn, prepared, rows, config), target_kn, prepared, rows, config)
+    solution = _in_file(found, prepared.order, rows, config)
+    codes_off_kn = target_kn - solution.dequantize()[rows_k]
+    return _diagnose(
+        solution._replace(
+            loss_n=output_loss(codes_off_kn, prepared.h_kk),
+            rtn_loss_n=output_loss(off_kn + (target_kn - sequence_kn), prepared.h_kk),
+            damping=prepared.damping,
+            outcome=prepared.outcome,
+        ),
+        w_kn,
     )
-    found = found._replace(loss_n=output_loss(sequence_kn - found.dequantize(), prepared.h_kk))
-    return _diagnose(_in_file_order(found, prepared.order), w_kn)
 
 
-def solve(w_kn: Float[jax.Array, "K N"], h_kk: Float[jax.Array, "K K"], config: QuantizeConfig) -> Solution:
+def solve(
+    w_kn: Float[jax.Array, "K N"],
+    h_kk: Float[jax.Array, "K K"],
+    config: QuantizeConfig,
+    *,
+    drift_kk: Float[jax.Array, "K K"] | None = None,
+    residual_kn: Float[jax.Array, "K N"] | None = None,
+) -> Solution:
     """Quantizes a kernel so that its output error `tr((W - Q)^T H (W - Q))` is small (GPTQ, Frantar et al. 2022, algorithm 1).
 
     Rows are quantized in sequence; the error of each is spread over the rows after it, `w_j -= u[k, j] e_k`, with `H^-1 = U^T U`.
     A group's grid is set from its rows as they are when its turn comes. Linears that share H are solved at once: put them side by
-    side.
+    side. Where a drift or a residual is given, W is the shifted target of `jgptq.solver.target`.
 
     Args:
-      w_kn: float32 `[K, N]`; K a multiple of the group size.
-      h_kk: float32 `[K, K]`, the Hessian of `jgptq.solver.hessian`.
+      w_kn: `[K, N]`; K a multiple of the group size.
+      h_kk: `[K, K]`, the Hessian of `jgptq.solver.hessian`.
       config: bits, group size, grid, method, order, damping.
+      drift_kk: `2/T X^T (X_f - X)`, or None.
+      residual_kn: `2/T X^T D`, or None.
 
     Returns:
       The solution; check `outcome` before use.
+
+    Raises:
+      ValueError: shapes that do not agree, or a method that needs a drift and has none.
     """
-    return solve_columns(w_kn, prepare(h_kk, config), config)
+    if w_kn.shape[0] != h_kk.shape[0]:
+        raise ValueError(f"the kernel {list(w_kn.shape)} and the Hessian {list(h_kk.shape)} differ in K")
+    return solve_columns(w_kn, prepare(h_kk, config, drift_kk), config, residual_kn)
 
 
-def _in_file_order(found: Solution, order: RowOrder) -> Solution:
-    """Puts rows and groups back where the file has them."""
-    rows_k, groups_g = inverse_permutation(order.rows_k), inverse_permutation(order.groups_g)
-    codes_kn, scale_gn, zero_gn = found.codes_kn[rows_k], found.scale_gn[groups_g], found.zero_gn[groups_g]
-    return found._replace(codes_kn=codes_kn, scale_gn=scale_gn, zero_gn=zero_gn)
+solve_many = jax.jit(jax.vmap(solve, in_axes=(0, 0, None)), static_argnums=2)
+"""`solve` for a batch of problems of one shape, such as the experts of a layer: kernels `[E, K, N]` on Hessians `[E, K, K]`."""
+
+
+def _target(w_kn: jax.Array, prepared: Prepared, config: QuantizeConfig, residual_kn: jax.Array | None) -> jax.Array:
+    if config.method in ("gptaq", "qronos") and prepared.drift_kk is None:
+        raise ValueError(f"method {config.method!r} needs the drift of the inputs: give drift_kk to prepare")
+    residual_kn = residual_kn if config.shifts_residual else None
+    if prepared.u_kk is None or (prepared.drift_kk is None and residual_kn is None):
+        return w_kn
+    return shifted_target(w_kn, prepared.u_kk, prepared.drift_kk, residual_kn, config.target_shift, config.residual_shift)
+
+
+def _compensated(w_kn: jax.Array, target_kn: jax.Array, prepared: Prepared, rows: int, config: QuantizeConfig) -> Compensated:
+    """Runs the loop of the method, on grids that are set on the way or, for static order, beforehand."""
+    u_kk, h_kk, drift_kk = prepared.u_kk, prepared.h_kk, prepared.drift_kk
+    assert u_kk is not None
+    start_kn, p_kk = target_kn, None
+    if config.method == "gptaq" and drift_kk is not None:
+        start_kn, p_kk = w_kn, gptaq_drift(u_kk, drift_kk, config.target_shift)
+    if config.method == "qronos" and drift_kk is not None:
+        start_kn = qronos_start(w_kn, target_kn, u_kk, h_kk, drift_kk, config.target_shift)
+    diag_k = diagonal(h_kk)
+    fixed = None
+    if config.order == "static":
+        to_file_k = inverse_permutation(prepared.order.rows_k)
+        grouped = start_kn[to_file_k].reshape(-1, rows, w_kn.shape[1]), diag_k[to_file_k].reshape(-1, rows)
+        grid = search_grid(*grouped, bits=config.bits, sym=config.sym, scale=config.grid_search)
+        fixed = grid, prepared.order.rows_k // rows
+    return compensate(start_kn, u_kk, diag_k, rows=rows, config=config, fixed=fixed, drift_kk=p_kk)
+
+
+def _improved(found: Compensated, target_kn: jax.Array, prepared: Prepared, rows: int, config: QuantizeConfig) -> Refined:
+    """Re-fits and refines, in a sequence whose groups are runs: the solver's own, or the file's for static order."""
+    codes_kn = found.codes_kn.astype(target_kn.dtype)
+    rounds, sweeps = (config.refine, SWEEPS) if config.refine else (int(config.refit), 0)
+    if not rounds:
+        return Refined(codes_kn, found.grid)
+    # The target is that of the damped least squares: without the damping, directions that hardly any token spans would be
+    # fitted to those few.
+    h_kk = prepared.h_kk + jnp.diag(added_damping(diagonal(prepared.h_kk), prepared.damping))
+    improve = functools.partial(refine, rows=rows, rounds=rounds, sweeps=sweeps, bits=config.bits, sym=config.sym)
+    if config.order != "static":
+        return improve(codes_kn, found.grid, target_kn, h_kk)
+    rows_k = prepared.order.rows_k
+    file_k = inverse_permutation(rows_k)
+    better = improve(codes_kn[file_k], found.grid, target_kn[file_k], h_kk[file_k[:, None], file_k[None, :]])
+    return better._replace(codes_kn=better.codes_kn[rows_k])
+
+
+def _in_file(found: Refined, order: RowOrder, rows: int, config: QuantizeConfig) -> Solution:
+    """Puts rows and groups where the file has them."""
+    to_file_k, groups_g = inverse_permutation(order.rows_k), inverse_permutation(order.groups_g)
+    n = found.codes_kn.shape[1]
+    unknown_n = jnp.full((n,), jnp.nan, jnp.float32)
+    return Solution(
+        codes_kn=found.codes_kn[to_file_k].astype(jnp.uint8),
+        scale_gn=found.grid.scale_n[groups_g].astype(jnp.float16),
+        zero_gn=found.grid.zero_n[groups_g].astype(jnp.int32),
+        group_k=(to_file_k // rows).astype(jnp.int32) if config.order == "desc_act" else None,
+        loss_n=unknown_n,
+        rtn_loss_n=unknown_n,
+        damping=jnp.float32(0),
+        outcome=jnp.int32(Outcome.SOLVED),
+    )
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def round_to_nearest(w_kn: Float[jax.Array, "K N"], config: QuantizeConfig) -> Solution:
-    """Rounds every weight to the nearest point of its group's grid: the baseline, which needs no Hessian.
+def round_to_nearest(
+    w_kn: Float[jax.Array, "K N"], config: QuantizeConfig, weight_k: Float[jax.Array, " K"] | None = None
+) -> Solution:
+    """Rounds every weight to the nearest point of its group's grid: the baseline.
 
     Args:
-      w_kn: float32 `[K, N]`; K a multiple of the group size.
+      w_kn: `[K, N]`; K a multiple of the group size.
       config: bits, group size and grid.
+      weight_k: the diagonal of H, for scales that are searched with it; otherwise it needs no Hessian.
 
     Returns:
       The solution; its losses are NaN, for they cannot be known without a Hessian.
+
+    Raises:
+      ConfigError: the search of scales needs the diagonal of a Hessian, and there is none.
     """
-    w_grn = w_kn.reshape(-1, group_rows(w_kn.shape[0], config.group_size), w_kn.shape[1])
-    grid = minmax_grid(w_grn, config.bits, config.sym)
+    search = config.grid_search
+    if search == "hessian" and weight_k is None:
+        raise ConfigError("scale 'hessian' needs calibration tokens; give them, or scale 'mse' or 'minmax'")
+    rows = group_rows(w_kn.shape[0], config.group_size)
+    w_grn = w_kn.reshape(-1, rows, w_kn.shape[1])
+    weight_gr = None if weight_k is None else weight_k.reshape(-1, rows)
+    grid = search_grid(w_grn, weight_gr, bits=config.bits, sym=config.sym, scale=search)
     unknown_n = jnp.full((w_kn.shape[1],), jnp.nan, jnp.float32)
     solution = Solution(
         codes_kn=nearest_codes(w_grn, grid, config.bits).astype(jnp.uint8).reshape(w_kn.shape),
         scale_gn=grid.scale_n.astype(jnp.float16),
         zero_gn=grid.zero_n.astype(jnp.int32),
+        group_k=None,
         loss_n=unknown_n,
         rtn_loss_n=unknown_n,
         damping=jnp.float32(0),
@@ -162,83 +277,37 @@ def round_to_nearest(w_kn: Float[jax.Array, "K N"], config: QuantizeConfig) -> S
     return _diagnose(solution, w_kn)
 
 
+def output_loss(dw_kn: Float[jax.Array, "K N"], h_kk: Float[jax.Array, "K K"]) -> Float[jax.Array, " N"]:
+    """`dW^T H dW` of each column: the mean squared change of its output over the calibration tokens, times two."""
+    return jnp.sum(dw_kn * jnp.matmul(h_kk, dw_kn, precision=jax.lax.Precision.HIGHEST), axis=0)
+
+
 def _diagnose(solution: Solution, w_kn: jax.Array) -> Solution:
     """Overrides the outcome where the weights or the grid are not finite."""
     outcome = jnp.where(all_finite(solution.scale_gn.astype(jnp.float32)), solution.outcome, Outcome.SCALE_OVERFLOW)
     return solution._replace(outcome=jnp.where(all_finite(w_kn), outcome, Outcome.NONFINITE_WEIGHTS))
 
 
-def output_loss(dw_kn: Float[jax.Array, "K N"], h_kk: Float[jax.Array, "K K"]) -> Float[jax.Array, " N"]:
-    """`dW^T H dW` of each column: the mean squared change of its output over the calibration tokens, times two."""
-    return jnp.sum(dw_kn * jnp.matmul(h_kk, dw_kn, precision=jax.lax.Precision.HIGHEST), axis=0)
+def _checked_size(h_kk: jax.Array, drift_kk: jax.Array | None) -> int:
+    """K, once the shapes agree."""
+    if h_kk.ndim != 2 or h_kk.shape[0] != h_kk.shape[1]:
+        raise ValueError(f"a Hessian must be square, found {list(h_kk.shape)}")
+    if drift_kk is not None and drift_kk.shape != h_kk.shape:
+        raise ValueError(f"the drift {list(drift_kk.shape)} must have the shape of the Hessian {list(h_kk.shape)}")
+    return h_kk.shape[0]
 
 
-def solver_block(k: int, rows: int) -> int:
-    """Rows in one lazy block: the largest multiple of 32 up to 128 that divides K and holds whole groups, or lies within one."""
-    fits = [b for b in range(_STEP, _MAX_BLOCK + 1, _STEP) if k % b == 0 and (b % rows == 0 or rows % b == 0)]
-    return max(fits)
+def _is_symmetric(h_kk: jax.Array) -> jax.Array:
+    """Whether the products of H and of its transpose with one vector agree: a matrix that is not symmetric all but never does."""
+    k = h_kk.shape[0]
+    probe_k = jnp.cos(jnp.arange(k, dtype=h_kk.dtype) * 1.618)
+    left_k, right_k = h_kk @ probe_k, probe_k @ h_kk
+    return jnp.max(jnp.abs(left_k - right_k)) <= 1e-3 * jnp.max(jnp.abs(h_kk) @ jnp.abs(probe_k))
 
 
-class _State(NamedTuple):
-    """What the loops carry, in the solver's sequence of rows."""
-
-    w_kn: jax.Array  # weights, each row current when its turn comes
-    codes_kn: jax.Array  # uint8
-    grid: Grid  # [G, N], filled as groups begin
-
-
-def _compensate(w_kn: jax.Array, u_kk: jax.Array, rows: int, config: QuantizeConfig) -> tuple[jax.Array, Grid]:
-    """The blocked loop. Within a block, errors spread after every `_STEP` rows; to the blocks after it, once, as matmuls."""
-    k, n = w_kn.shape
-    block = solver_block(k, rows)
-
-    def run_step(step: jax.Array, carry: tuple[_State, jax.Array, jax.Array]) -> tuple[_State, jax.Array, jax.Array]:
-        state, error_bn, start = carry
-        row = start + step * _STEP
-        grid = jax.lax.cond(
-            row % rows == 0,
-            lambda: _begin_group(state, row, rows, config),
-            lambda: state.grid,
-        )
-        group = row // rows
-        w_rn = jax.lax.dynamic_slice_in_dim(state.w_kn, row, _STEP)
-        u_rr = jax.lax.dynamic_slice(u_kk, (row, row), (_STEP, _STEP))
-        found = gptq_block(w_rn, u_rr, grid.scale_n[group], grid.zero_n[group], bits=config.bits)
-        u_rb = jax.lax.dynamic_slice(u_kk, (row, start), (_STEP, block))
-        later_rb = jnp.where(jnp.arange(block)[None, :] >= (step + 1) * _STEP, u_rb, 0.0)
-        w_bn = jax.lax.dynamic_slice_in_dim(state.w_kn, start, block) - _spread(later_rb, found.error_rn)
-        state = _State(
-            jax.lax.dynamic_update_slice_in_dim(state.w_kn, w_bn, start, 0),
-            jax.lax.dynamic_update_slice_in_dim(state.codes_kn, found.codes_rn, row, 0),
-            grid,
-        )
-        return state, jax.lax.dynamic_update_slice_in_dim(error_bn, found.error_rn, step * _STEP, 0), start
-
-    def run_block(index: jax.Array, state: _State) -> _State:
-        start = index * block
-        carry = (state, jnp.zeros((block, n), jnp.float32), start)
-        state, error_bn, _ = jax.lax.fori_loop(0, block // _STEP, run_step, carry)
-
-        def update(later: jax.Array, w_kn: jax.Array) -> jax.Array:
-            u_bb = jax.lax.dynamic_slice(u_kk, (start, later * block), (block, block))
-            w_bn = jax.lax.dynamic_slice_in_dim(w_kn, later * block, block) - _spread(u_bb, error_bn)
-            return jax.lax.dynamic_update_slice_in_dim(w_kn, w_bn, later * block, 0)
-
-        return state._replace(w_kn=jax.lax.fori_loop(index + 1, k // block, update, state.w_kn))
-
-    empty = Grid(jnp.ones((k // rows, n), jnp.float32), jnp.zeros((k // rows, n), jnp.float32))
-    state = _State(w_kn, jnp.zeros((k, n), jnp.uint8), empty)
-    state = jax.lax.fori_loop(0, k // block, run_block, state)
-    return state.codes_kn, state.grid
-
-
-def _begin_group(state: _State, row: jax.Array, rows: int, config: QuantizeConfig) -> Grid:
-    """Sets the grid of the group that begins at `row` from its rows as they are now."""
-    begun = minmax_grid(jax.lax.dynamic_slice_in_dim(state.w_kn, row, rows), config.bits, config.sym)
-    group = row // rows
-    return jax.tree.map(lambda all_gn, one_n: jax.lax.dynamic_update_index_in_dim(all_gn, one_n, group, 0), state.grid, begun)
-
-
-def _spread(u_rb: jax.Array, error_rn: jax.Array) -> jax.Array:
-    """`u^T e`: what the errors of R rows change in B later ones."""
-    return jnp.matmul(u_rb.T, error_rn, precision=jax.lax.Precision.HIGHEST)
+def _dtype(config: QuantizeConfig) -> jnp.dtype:
+    if not config.float64:
+        return jnp.dtype(jnp.float32)
+    if not jax.config.read("jax_enable_x64"):
+        raise ConfigError("float64 needs jax's double precision: solve within `with jax.enable_x64(True)`")
+    return jnp.dtype(jnp.float64)

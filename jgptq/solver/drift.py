@@ -1,0 +1,73 @@
+"""Sums over tokens of how far the quantized model has drifted from the float one, beside the Hessian of the same inputs."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jgptq.notation import Float, Int
+from jgptq.solver.hessian import HessianSum
+
+
+class DriftSum(NamedTuple):
+    """Running sums of `x (x_f - x)^T` and of `x d^T`.
+
+    x is what a linear reads, x_f the same in the float model, d the float residual stream less the quantized one, where the
+    linear's output is added to it.
+    """
+
+    inputs_kk: Float[jax.Array, "K K"]  # float32
+    residual_kd: Float[jax.Array, "K D"] | None  # float32; None for a linear that does not add to the stream
+    tokens: Int[jax.Array, ""]
+
+
+class StageSums(NamedTuple):
+    """What is summed over the tokens that linears read."""
+
+    hessian: HessianSum
+    drift: DriftSum | None  # None where no solve looks at the float model
+
+
+def empty_drift(k: int, width: int | None) -> DriftSum:
+    """The sums over no tokens, for a linear that adds to a stream of `width`, or to none."""
+    residual_kd = None if width is None else jnp.zeros((k, width), jnp.float32)
+    return DriftSum(jnp.zeros((k, k), jnp.float32), residual_kd, jnp.zeros((), jnp.int32))
+
+
+def accumulate_drift(
+    total: DriftSum,
+    h: Float[jax.Array, "*batch K"],
+    h_float: Float[jax.Array, "*batch K"],
+    lost: Float[jax.Array, "*batch D"],
+) -> DriftSum:
+    """Adds a batch; the differences are taken in float32 and multiplied in the dtype of `h`, accumulated in float32.
+
+    Args:
+      total: the sums so far.
+      h: activations `[..., K]` of the quantized model.
+      h_float: the same of the float model.
+      lost: the float residual stream less the quantized one, `[..., D]`, float32; not read where the linear adds to none.
+
+    Returns:
+      The new sums.
+    """
+    off = (h_float.astype(jnp.float32) - h.astype(jnp.float32)).astype(h.dtype)
+    # Tokens last in both operands, as in the Hessian's sum.
+    h_kt, off_kt = jax.lax.optimization_barrier((h.reshape(-1, h.shape[-1]).T, off.reshape(-1, h.shape[-1]).T))
+    residual_kd = total.residual_kd
+    if residual_kd is not None:
+        lost_dt = jax.lax.optimization_barrier(lost.astype(h.dtype).reshape(-1, lost.shape[-1]).T)
+        residual_kd = residual_kd + _outer(h_kt, lost_dt)
+    return DriftSum(total.inputs_kk + _outer(h_kt, off_kt), residual_kd, total.tokens + h_kt.shape[1])
+
+
+def mean_drift(total: DriftSum) -> tuple[Float[jax.Array, "K K"], Float[jax.Array, "K D"] | None]:
+    """`2/T` times the sums: C and R of `jgptq.solver.target`, on the scale of the Hessian."""
+    factor = 2.0 / jnp.maximum(total.tokens, 1).astype(jnp.float32)
+    return total.inputs_kk * factor, None if total.residual_kd is None else total.residual_kd * factor
+
+
+def _outer(a_pt: jax.Array, b_qt: jax.Array) -> jax.Array:
+    contract_tokens = (((1,), (1,)), ((), ()))
+    highest = jax.lax.Precision.HIGHEST
+    return jax.lax.dot_general(a_pt, b_qt, contract_tokens, precision=highest, preferred_element_type=jnp.float32)

@@ -1,0 +1,99 @@
+"""What a linear should output, where what it reads is no longer what the float model's linear reads."""
+
+import jax
+import jax.numpy as jnp
+
+from jgptq.notation import Float
+from jgptq.solver.order import RowOrder
+
+
+def shifted_target(
+    w_kn: Float[jax.Array, "K N"],
+    u_kk: Float[jax.Array, "K K"],
+    drift_kk: Float[jax.Array, "K K"] | None,
+    residual_kn: Float[jax.Array, "K N"] | None,
+    target_shift: float,
+    residual_shift: float,
+) -> Float[jax.Array, "K N"]:
+    """The float kernel whose outputs on the quantized inputs are nearest to what they should be.
+
+    With X the inputs that a linear reads, X_f those of the float model's, and D what the residual stream lost before this
+    linear's output is added to it, `||a (X_f - X) W + b D + X W - X Q||^2` differs from `tr((W' - Q)^T H (W' - Q))` by a constant
+    for `W' = W + (H + lambda)^-1 (a C W + b R)`, `C = 2/T X^T (X_f - X)`, `R = 2/T X^T D`: least squares, so that every solver for
+    Q serves (the target that GPTAQ, arXiv 2504.02692, and Qronos, arXiv 2505.11695, reach inside their loops; D as well is ours).
+
+    Args:
+      w_kn: the kernel `[K, N]`.
+      u_kk: `(H + lambda)^-1 = U^T U`, rows as in `w_kn`.
+      drift_kk: C; None counts as zeros.
+      residual_kn: R; None counts as zeros.
+      target_shift: a.
+      residual_shift: b.
+
+    Returns:
+      W'.
+    """
+    pull_kn = jnp.zeros_like(w_kn)
+    if drift_kk is not None and target_shift:
+        pull_kn = pull_kn + target_shift * _product(drift_kk, w_kn)
+    if residual_kn is not None and residual_shift:
+        pull_kn = pull_kn + residual_shift * residual_kn
+    return w_kn + _product(u_kk.T, _product(u_kk, pull_kn))
+
+
+def gptaq_drift(u_kk: Float[jax.Array, "K K"], drift_kk: Float[jax.Array, "K K"], alpha: float) -> Float[jax.Array, "K K"]:
+    """The matrix P of GPTAQ's loop, by which row k moves the rows after it, `w_j += P[k, j] w_k` (arXiv 2504.02692, eq. 18).
+
+    `P = alpha strictly_upper((X_f - X)^T X U^T) U`, with `H^-1 = U^T U`.
+
+    Args:
+      u_kk: U.
+      drift_kk: C = 2/T X^T (X_f - X), rows and columns as in U.
+      alpha: the fraction that is corrected.
+
+    Returns:
+      P, strictly upper.
+    """
+    ahead_kk = jnp.triu(_product(drift_kk.T, u_kk.T), 1)
+    return alpha * jnp.triu(_product(ahead_kk, u_kk), 1)
+
+
+def qronos_start(
+    w_kn: Float[jax.Array, "K N"],
+    target_kn: Float[jax.Array, "K N"],
+    u_kk: Float[jax.Array, "K K"],
+    h_kk: Float[jax.Array, "K K"],
+    drift_kk: Float[jax.Array, "K K"],
+    alpha: float,
+) -> Float[jax.Array, "K N"]:
+    """Where Qronos' loop begins (arXiv 2505.11695, algorithm 1 in the form of its theorem on GPTQ-like updates).
+
+    Its first code is chosen with the rows after it still at their float values, so that it corrects row 0 for its own input
+    alone, `w_0 <x_0, x_f0> / <x_0, x_0>`; all rows after it then follow by least squares, and from there on it is GPTQ on the
+    shifted target. Moving row 0 of that target there, and the others as conditional least squares demands, says the same.
+
+    Args:
+      w_kn: the kernel `[K, N]`.
+      target_kn: W' of `shifted_target`.
+      u_kk: U.
+      h_kk: the undamped Hessian.
+      drift_kk: C, rows and columns as in U.
+      alpha: the fraction that is corrected.
+
+    Returns:
+      What `compensate` starts from, in place of W'.
+    """
+    live = h_kk[0, 0] > 0
+    ratio = jnp.where(live, alpha * drift_kk[0, 0] / jnp.where(live, h_kk[0, 0], 1.0), 0.0)
+    first_n = w_kn[0] * (1.0 + ratio)
+    moved_n = (target_kn[0] - first_n) / u_kk[0, 0]
+    return target_kn - u_kk[0][:, None] * moved_n[None]
+
+
+def in_sequence(a_kk: Float[jax.Array, "K K"], order: RowOrder) -> Float[jax.Array, "K K"]:
+    """Rows and columns of a matrix over K, put into the solver's sequence."""
+    return a_kk[order.rows_k[:, None], order.rows_k[None, :]]
+
+
+def _product(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
