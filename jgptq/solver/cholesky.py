@@ -1,5 +1,6 @@
 """The upper factor U of the inverse Hessian, `H^-1 = U^T U`, without forming the inverse."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -89,20 +90,47 @@ def damped_inverse_factor(h_kk: Float[jax.Array, "K K"], damping: float) -> Fact
       The factor, the lambda it needed, and whether it is finite.
     """
     diag_k = diagonal(h_kk)
+
+    def attempt(added: jax.Array, _: jax.Array) -> tuple[jax.Array, jax.Array]:
+        u_kk = inverse_factor(h_kk, jnp.full_like(diag_k, added))
+        return u_kk, all_finite(u_kk)
+
+    return raised_until_finite(attempt, jnp.zeros_like(h_kk), diag_k, damping)
+
+
+def raised_until_finite(
+    attempt: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]],
+    start_kk: Float[jax.Array, "K K"],
+    diag_k: Float[jax.Array, " K"],
+    damping: float,
+) -> Factor:
+    """Factors with more and more damping, as a loop inside jit.
+
+    Args:
+      attempt: takes what to add to the diagonal, and memory in the form of a factor that did not do; returns a factor and
+        whether it is finite.
+      start_kk: the memory for the first attempt.
+      diag_k: the undamped diagonal.
+      damping: the first lambda.
+
+    Returns:
+      The first factor that is finite, or that of the largest damping.
+    """
     live_k = diag_k > 0
     mean = jnp.sum(jnp.where(live_k, diag_k, 0.0)) / jnp.maximum(jnp.sum(live_k.astype(jnp.float32)), 1.0)
     mean = jnp.where(mean > 0, mean, 1.0)
 
-    def attempt(fraction: jax.Array) -> Factor:
-        u_kk = inverse_factor(h_kk, jnp.full_like(diag_k, fraction * mean))
-        return Factor(u_kk, fraction, all_finite(u_kk))
-
     def next_damping(factor: Factor) -> jax.Array:
         return jnp.where(factor.damping == 0, jnp.float32(damping), factor.damping * DAMPING_STEP)
+
+    def again(factor: Factor) -> Factor:
+        fraction = next_damping(factor)
+        u_kk, finite = attempt(fraction * mean, factor.u_kk)
+        return Factor(u_kk, fraction, finite)
 
     # One body serves the first attempt too: the factorization is most of what there is to compile.
     return jax.lax.while_loop(
         lambda factor: ~factor.finite & (next_damping(factor) <= MAX_DAMPING),
-        lambda factor: attempt(next_damping(factor)),
-        Factor(jnp.zeros_like(h_kk), jnp.float32(0), jnp.bool_(False)),
+        again,
+        Factor(start_kk, jnp.float32(0), jnp.bool_(False)),
     )

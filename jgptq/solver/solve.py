@@ -1,14 +1,15 @@
 """One linear's solve: weights and a Hessian in, codes, scales and a diagnosis out."""
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jgptq.config import ROW_MULTIPLE, QuantizeConfig, group_rows
-from jgptq.notation import Float, Int, UInt8
-from jgptq.solver.cholesky import all_finite, damped_inverse_factor, diagonal
+from jgptq.notation import Bool, Float, Int, UInt8
+from jgptq.solver.cholesky import Factor, all_finite, damped_inverse_factor, diagonal
 from jgptq.solver.grid import Grid, minmax_grid, nearest_codes
 from jgptq.solver.order import RowOrder, file_order, group_order, inverse_permutation
 from jgptq.solver.outcome import Outcome
@@ -65,14 +66,27 @@ def prepare(h_kk: Float[jax.Array, "K K"], config: QuantizeConfig) -> Prepared:
     if config.method == "rtn":
         outcome = jnp.where(finite, Outcome.ROUNDED, Outcome.NONFINITE_HESSIAN)
         return Prepared(h_kk, None, file_order(k, rows), jnp.float32(0), outcome)
-    order = group_order(diag_k, rows) if config.order == "group" else file_order(k, rows)
+    order = row_order(diag_k, config)
     sequence_kk = h_kk[order.rows_k[:, None], order.rows_k[None, :]]
     factor = damped_inverse_factor(sequence_kk, config.damping)
+    outcome = factor_outcome(factor, diag_k, finite, config)
+    return Prepared(sequence_kk, factor.u_kk, order, factor.damping, outcome)
+
+
+def row_order(diag_k: Float[jax.Array, " K"], config: QuantizeConfig) -> RowOrder:
+    """The sequence in which a config quantizes the rows of a Hessian with this diagonal."""
+    rows = group_rows(diag_k.shape[0], config.group_size)
+    return group_order(diag_k, rows) if config.order == "group" else file_order(diag_k.shape[0], rows)
+
+
+def factor_outcome(
+    factor: Factor, diag_k: Float[jax.Array, " K"], finite: Bool[jax.Array, ""], config: QuantizeConfig
+) -> Int[jax.Array, ""]:
+    """The `Outcome` of a factorization, given the Hessian's diagonal and whether all of the Hessian is finite."""
     outcome = jnp.where(factor.damping > config.damping, Outcome.RAISED_DAMPING, Outcome.SOLVED)
     outcome = jnp.where(factor.finite, outcome, Outcome.NOT_FACTORED)
     outcome = jnp.where(jnp.any(diag_k > 0), outcome, Outcome.ZERO_HESSIAN)
-    outcome = jnp.where(finite, outcome, Outcome.NONFINITE_HESSIAN)
-    return Prepared(sequence_kk, factor.u_kk, order, factor.damping, outcome)
+    return jnp.where(finite, outcome, Outcome.NONFINITE_HESSIAN)
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -92,12 +106,13 @@ def solve_columns(w_kn: Float[jax.Array, "K N"], prepared: Prepared, config: Qua
     rtn_loss_n = output_loss((w_kn - rounded.dequantize())[rows_k], prepared.h_kk)
     if config.method == "rtn":
         outcome = jnp.where(prepared.outcome == Outcome.NONFINITE_HESSIAN, prepared.outcome, rounded.outcome)
-        return _diagnose(rounded._replace(loss_n=rtn_loss_n, rtn_loss_n=rtn_loss_n, outcome=outcome), w_kn)
+        return diagnose(rounded._replace(loss_n=rtn_loss_n, rtn_loss_n=rtn_loss_n, outcome=outcome), w_kn)
     if prepared.u_kk is None:
         raise ValueError("the Hessian was prepared for round-to-nearest; prepare it with the config of this solve")
     rows = group_rows(w_kn.shape[0], config.group_size)
     sequence_kn = w_kn[rows_k]
-    codes_kn, grid = _compensate(sequence_kn, prepared.u_kk, rows, config)
+    u_rows = functools.partial(jax.lax.dynamic_slice_in_dim, prepared.u_kk)
+    codes_kn, grid = compensate(sequence_kn, u_rows, rows, config)
     found = Solution(
         codes_kn=codes_kn,
         scale_gn=grid.scale_n.astype(jnp.float16),
@@ -108,7 +123,7 @@ def solve_columns(w_kn: Float[jax.Array, "K N"], prepared: Prepared, config: Qua
         outcome=prepared.outcome,
     )
     found = found._replace(loss_n=output_loss(sequence_kn - found.dequantize(), prepared.h_kk))
-    return _diagnose(_in_file_order(found, prepared.order), w_kn)
+    return diagnose(in_file_order(found, prepared.order), w_kn)
 
 
 def solve(w_kn: Float[jax.Array, "K N"], h_kk: Float[jax.Array, "K K"], config: QuantizeConfig) -> Solution:
@@ -129,7 +144,7 @@ def solve(w_kn: Float[jax.Array, "K N"], h_kk: Float[jax.Array, "K K"], config: 
     return solve_columns(w_kn, prepare(h_kk, config), config)
 
 
-def _in_file_order(found: Solution, order: RowOrder) -> Solution:
+def in_file_order(found: Solution, order: RowOrder) -> Solution:
     """Puts rows and groups back where the file has them."""
     rows_k, groups_g = inverse_permutation(order.rows_k), inverse_permutation(order.groups_g)
     codes_kn, scale_gn, zero_gn = found.codes_kn[rows_k], found.scale_gn[groups_g], found.zero_gn[groups_g]
@@ -159,10 +174,10 @@ def round_to_nearest(w_kn: Float[jax.Array, "K N"], config: QuantizeConfig) -> S
         damping=jnp.float32(0),
         outcome=jnp.int32(Outcome.ROUNDED),
     )
-    return _diagnose(solution, w_kn)
+    return diagnose(solution, w_kn)
 
 
-def _diagnose(solution: Solution, w_kn: jax.Array) -> Solution:
+def diagnose(solution: Solution, w_kn: jax.Array) -> Solution:
     """Overrides the outcome where the weights or the grid are not finite."""
     outcome = jnp.where(all_finite(solution.scale_gn.astype(jnp.float32)), solution.outcome, Outcome.SCALE_OVERFLOW)
     return solution._replace(outcome=jnp.where(all_finite(w_kn), outcome, Outcome.NONFINITE_WEIGHTS))
@@ -187,12 +202,29 @@ class _State(NamedTuple):
     grid: Grid  # [G, N], filled as groups begin
 
 
-def _compensate(w_kn: jax.Array, u_kk: jax.Array, rows: int, config: QuantizeConfig) -> tuple[jax.Array, Grid]:
-    """The blocked loop. Within a block, errors spread after every `_STEP` rows; to the blocks after it, once, as matmuls."""
+def compensate(
+    w_kn: Float[jax.Array, "K N"],
+    u_rows: Callable[[jax.Array, int], Float[jax.Array, "B K"]],
+    rows: int,
+    config: QuantizeConfig,
+) -> tuple[UInt8[jax.Array, "K N"], Grid]:
+    """The blocked loop. Within a block, errors spread after every `_STEP` rows; to the blocks after it, once, as matmuls.
+
+    Args:
+      w_kn: float32 `[K, N]`, in the solver's sequence of rows.
+      u_rows: given a start and a size, those rows of the factor U, all K columns: U itself may lie elsewhere.
+      rows: rows in a group.
+      config: bits and grid.
+
+    Returns:
+      The codes, and the grids of the groups, in sequence.
+    """
     k, n = w_kn.shape
     block = solver_block(k, rows)
 
-    def run_step(step: jax.Array, carry: tuple[_State, jax.Array, jax.Array]) -> tuple[_State, jax.Array, jax.Array]:
+    def run_step(
+        step: jax.Array, carry: tuple[_State, jax.Array, jax.Array], u_bk: jax.Array
+    ) -> tuple[_State, jax.Array, jax.Array]:
         state, error_bn, start = carry
         row = start + step * _STEP
         grid = jax.lax.cond(
@@ -202,9 +234,9 @@ def _compensate(w_kn: jax.Array, u_kk: jax.Array, rows: int, config: QuantizeCon
         )
         group = row // rows
         w_rn = jax.lax.dynamic_slice_in_dim(state.w_kn, row, _STEP)
-        u_rr = jax.lax.dynamic_slice(u_kk, (row, row), (_STEP, _STEP))
+        u_rr = jax.lax.dynamic_slice(u_bk, (step * _STEP, row), (_STEP, _STEP))
         found = gptq_block(w_rn, u_rr, grid.scale_n[group], grid.zero_n[group], bits=config.bits)
-        u_rb = jax.lax.dynamic_slice(u_kk, (row, start), (_STEP, block))
+        u_rb = jax.lax.dynamic_slice(u_bk, (step * _STEP, start), (_STEP, block))
         later_rb = jnp.where(jnp.arange(block)[None, :] >= (step + 1) * _STEP, u_rb, 0.0)
         w_bn = jax.lax.dynamic_slice_in_dim(state.w_kn, start, block) - _spread(later_rb, found.error_rn)
         state = _State(
@@ -216,11 +248,12 @@ def _compensate(w_kn: jax.Array, u_kk: jax.Array, rows: int, config: QuantizeCon
 
     def run_block(index: jax.Array, state: _State) -> _State:
         start = index * block
+        u_bk = u_rows(start, block)
         carry = (state, jnp.zeros((block, n), jnp.float32), start)
-        state, error_bn, _ = jax.lax.fori_loop(0, block // _STEP, run_step, carry)
+        state, error_bn, _ = jax.lax.fori_loop(0, block // _STEP, functools.partial(run_step, u_bk=u_bk), carry)
 
         def update(later: jax.Array, w_kn: jax.Array) -> jax.Array:
-            u_bb = jax.lax.dynamic_slice(u_kk, (start, later * block), (block, block))
+            u_bb = jax.lax.dynamic_slice(u_bk, (0, later * block), (block, block))
             w_bn = jax.lax.dynamic_slice_in_dim(w_kn, later * block, block) - _spread(u_bb, error_bn)
             return jax.lax.dynamic_update_slice_in_dim(w_kn, w_bn, later * block, 0)
 
