@@ -36,7 +36,6 @@ class ShardedPrepared(NamedTuple):
     outcome: Int[jax.Array, ""]
 
 
-@functools.partial(jax.jit, static_argnames="config")
 def prepare(h: Slabs, config: QuantizeConfig) -> ShardedPrepared:
     """Orders the rows of K and factors the damped inverse Hessian on its slabs: `jgptq.solver.prepare`, as one program.
 
@@ -49,22 +48,37 @@ def prepare(h: Slabs, config: QuantizeConfig) -> ShardedPrepared:
     Returns:
       What `solve_columns` takes.
     """
-    rows = group_rows(h.k, config.group_size)
+    u, shared = _prepared(h, config)
+    return ShardedPrepared(h, u, *shared)
 
-    def local(h_kc: jax.Array) -> tuple[jax.Array | None, RowOrder, jax.Array, jax.Array]:
+
+class _Shared(NamedTuple):
+    """The small parts of `ShardedPrepared`, whole on every device."""
+
+    order: RowOrder
+    damping: jax.Array
+    outcome: jax.Array
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _prepared(h: Slabs, config: QuantizeConfig) -> tuple[Slabs | None, _Shared]:
+    """All of `prepare`; H itself would be copied on its way out of a program."""
+
+    def local(h_kc: jax.Array) -> tuple[jax.Array | None, _Shared]:
         finite = on_all_devices(all_finite(h_kc))
         if config.method == "rtn":
             outcome = jnp.where(finite, Outcome.ROUNDED, Outcome.NONFINITE_HESSIAN)
-            return None, file_order(h.k, rows), jnp.float32(0), outcome
+            order = file_order(h.k, group_rows(h.k, config.group_size))
+            return None, _Shared(order, jnp.float32(0), outcome)
         diag_k = slab_diagonal(h_kc)[: h.k]
         order = row_order(diag_k, config)
         rows_k = jnp.concatenate([order.rows_k, jnp.arange(h.k, h_kc.shape[0])])
         factor = damped_inverse_slabs(h_kc, rows_k, config.damping)
-        return factor.u_kk, order, factor.damping, factor_outcome(factor, diag_k, finite, config)
+        outcome = factor_outcome(factor, diag_k, finite, config)
+        return factor.u_kk, _Shared(order, factor.damping, outcome)
 
-    out_specs = (sharding.COLUMNS, sharding.WHOLE, sharding.WHOLE, sharding.WHOLE)
-    u, order, damping, outcome = on_slabs(local, h.mesh, sharding.COLUMNS, out_specs)(h.values)
-    return ShardedPrepared(h, None if u is None else Slabs(u, h.k, h.mesh), order, damping, outcome)
+    u_pp, shared = on_slabs(local, h.mesh, sharding.COLUMNS, (sharding.COLUMNS, sharding.WHOLE))(h.values)
+    return None if u_pp is None else Slabs(u_pp, h.k, h.mesh), shared
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -98,14 +112,6 @@ def solve_columns(w_kn: Float[jax.Array, "K N"], prepared: ShardedPrepared, conf
     columns_kn = jnp.pad(w_kn, ((0, 0), (0, -n % mesh.size)))
     found = on_slabs(own, mesh, specs, _LAYOUT)(columns_kn, h.values, u_pp, shared)
     return diagnose(jax.tree.map(lambda leaf: leaf[..., :n] if leaf.ndim else leaf, found), w_kn)
-
-
-class _Shared(NamedTuple):
-    """The small parts of `ShardedPrepared`, whole on every device."""
-
-    order: RowOrder
-    damping: jax.Array
-    outcome: jax.Array
 
 
 _LAYOUT = Solution(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jgptq import sharding
 from jgptq.notation import Float, Int
 from jgptq.solver.cholesky import Factor, all_finite, diagonal, inverse_factor, raised_until_finite
-from jgptq.solver.slabs import PANEL, first_column, gathered_rows, on_all_devices, own_columns
+from jgptq.solver.slabs import PANEL, first_column, gathered, gathered_rows, on_all_devices, own_columns
 
 _MAX_TILE = 2048
 
@@ -49,7 +49,7 @@ def _permuted(h_kc: jax.Array, rows_k: jax.Array, added: jax.Array, memory_kc: j
     def panel(index: jax.Array, out_kc: jax.Array) -> jax.Array:
         start = index * PANEL
         rows_b = jax.lax.dynamic_slice_in_dim(rows_k, start, PANEL)
-        all_bk = jax.lax.all_gather(h_kc[rows_b], sharding.ALL, axis=1, tiled=True)
+        all_bk = gathered(h_kc[rows_b])
         on_diagonal_bc = (start + jnp.arange(PANEL))[:, None] == own_c[None, :]
         out_bc = all_bk[:, columns_c] + jnp.where(on_diagonal_bc, added, 0.0)
         return jax.lax.dynamic_update_slice_in_dim(out_kc, out_bc, start, 0)

@@ -94,7 +94,9 @@ def accumulate(total: SlabSum, h_tk: Float[jax.Array, "T K"]) -> SlabSum:
                 precision=jax.lax.Precision.HIGHEST,
                 preferred_element_type=jnp.float32,
             )
-            added_rc = jax.lax.psum_scatter(part_rq, sharding.DATA, scatter_dimension=1, tiled=True)
+            # Devices first: scattered along a last axis, XLA would transpose the whole slab to meet the result.
+            part_drc = part_rq.reshape(chunk, ways, -1).swapaxes(0, 1)
+            added_rc = jax.lax.psum_scatter(part_drc, sharding.DATA, scatter_dimension=0)
             sum_rc = jax.lax.dynamic_slice_in_dim(sum_kc, index * chunk, chunk) + added_rc
             return jax.lax.dynamic_update_slice_in_dim(sum_kc, sum_rc, index * chunk, 0)
 
@@ -121,8 +123,14 @@ def on_slabs(function, mesh: Mesh, in_specs, out_specs):  # type: ignore[no-unty
 
 def gathered_rows(slab_kc: Float[jax.Array, "K C"], start: jax.Array, size: int) -> Float[jax.Array, "R K"]:
     """Rows of the whole matrix, all columns, on every device."""
-    rows_rc = jax.lax.dynamic_slice_in_dim(slab_kc, start, size)
-    return jax.lax.all_gather(rows_rc, sharding.ALL, axis=1, tiled=True)
+    return gathered(jax.lax.dynamic_slice_in_dim(slab_kc, start, size))
+
+
+def gathered(rows_rc: Float[jax.Array, "R C"]) -> Float[jax.Array, "R K"]:
+    """The columns of all devices side by side, on every device."""
+    # Devices first: gathered along a last axis, XLA would transpose the whole slab that the rows come from.
+    rows_drc = jax.lax.all_gather(rows_rc, sharding.ALL)
+    return rows_drc.swapaxes(0, 1).reshape(rows_rc.shape[0], -1)
 
 
 def own_columns(a_rk: Float[jax.Array, "R K"], width: int) -> Float[jax.Array, "R C"]:
