@@ -48,7 +48,7 @@ def prepare(h: Slabs, config: QuantizeConfig) -> ShardedPrepared:
     Returns:
       What `solve_columns` takes.
     """
-    u, shared = _prepared(h, config)
+    u, shared = factored(h, config)
     return ShardedPrepared(h, u, *shared)
 
 
@@ -61,7 +61,7 @@ class _Shared(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _prepared(h: Slabs, config: QuantizeConfig) -> tuple[Slabs | None, _Shared]:
+def factored(h: Slabs, config: QuantizeConfig) -> tuple[Slabs | None, _Shared]:
     """All of `prepare`; H itself would be copied on its way out of a program."""
 
     def local(h_kc: jax.Array) -> tuple[jax.Array | None, _Shared]:
@@ -105,7 +105,7 @@ def solve_columns(w_kn: Float[jax.Array, "K N"], prepared: ShardedPrepared, conf
         raise ConfigError(f"a kernel of {k} in-features cannot be solved on a Hessian of {h.k}")
     if config.method != "rtn" and prepared.u is None:
         raise ConfigError('the Hessian was prepared for method "rtn"; prepare it with the config of this solve')
-    own = functools.partial(_solve_own, config=config)
+    own = functools.partial(_solve_own, config=config, chunk=chunk_rows(h.values.shape[0], mesh))
     specs = (sharding.COLUMNS, sharding.COLUMNS, sharding.COLUMNS, sharding.WHOLE)
     shared = _Shared(prepared.order, prepared.damping, prepared.outcome)
     u_pp = None if prepared.u is None else prepared.u.values
@@ -125,11 +125,18 @@ _LAYOUT = Solution(
 )
 
 
-def _solve_own(w_kn: jax.Array, h_pc: jax.Array, u_pc: jax.Array | None, shared: _Shared, config: QuantizeConfig) -> Solution:
+def _solve_own(
+    w_kn: jax.Array,
+    h_pc: jax.Array,
+    u_pc: jax.Array | None,
+    shared: _Shared,
+    config: QuantizeConfig,
+    chunk: int,
+) -> Solution:
     """On every device: its own columns of the kernel, its own slabs. What depends on the values of all columns is left open."""
     k = w_kn.shape[0]
     rounded = round_to_nearest(w_kn, config)
-    rtn_loss_n = _gathered_loss(w_kn - rounded.dequantize(), h_pc)
+    rtn_loss_n = _gathered_loss(w_kn - rounded.dequantize(), h_pc, chunk)
     if config.method == "rtn" or u_pc is None:
         outcome = jnp.where(shared.outcome == Outcome.NONFINITE_HESSIAN, shared.outcome, Outcome.ROUNDED)
         return rounded._replace(loss_n=rtn_loss_n, rtn_loss_n=rtn_loss_n, outcome=outcome)
@@ -148,13 +155,12 @@ def _solve_own(w_kn: jax.Array, h_pc: jax.Array, u_pc: jax.Array | None, shared:
         outcome=shared.outcome,
     )
     found = in_file_order(found, shared.order)
-    return found._replace(loss_n=_gathered_loss(w_kn - found.dequantize(), h_pc))
+    return found._replace(loss_n=_gathered_loss(w_kn - found.dequantize(), h_pc, chunk))
 
 
-def _gathered_loss(dw_kn: jax.Array, h_pc: jax.Array) -> jax.Array:
+def _gathered_loss(dw_kn: jax.Array, h_pc: jax.Array, chunk: int) -> jax.Array:
     """`dW^T H dW` of this device's columns, rows in file order; all of H passes by, a chunk of rows at a time."""
     size = h_pc.shape[0]
-    chunk = chunk_rows(size)
     dw_pn = jnp.pad(dw_kn, ((0, size - dw_kn.shape[0]), (0, 0)))
 
     def add(index: jax.Array, loss_n: jax.Array) -> jax.Array:

@@ -41,9 +41,10 @@ def padded_size(k: int, mesh: Mesh) -> int:
     return -(-k // multiple) * multiple
 
 
-def chunk_rows(size: int) -> int:
-    """How many rows of a padded matrix are worked on at once where each chunk is one product: whole panels, up to 1024 rows."""
-    return max(rows for rows in range(PANEL, _MAX_CHUNK + 1, PANEL) if size % rows == 0)
+def chunk_rows(size: int, mesh: Mesh) -> int:
+    """Rows of a padded matrix that are worked on at once where each chunk is one product: whole panels, no more than a slab."""
+    most = min(_MAX_CHUNK, max(PANEL, size // mesh.size))
+    return max(rows for rows in range(PANEL, most + 1, PANEL) if size % rows == 0)
 
 
 @functools.partial(jax.jit, static_argnames=("k", "mesh"))
@@ -79,7 +80,7 @@ def accumulate(total: SlabSum, h_tk: Float[jax.Array, "T K"]) -> SlabSum:
     size, ways = slabs.values.shape[0], mesh.shape[sharding.DATA]
     # A token of zeros adds nothing.
     h_tk = jnp.pad(h_tk, ((0, -t % ways), (0, size - k)))
-    chunk = chunk_rows(size)
+    chunk = chunk_rows(size, mesh)
     width = size // mesh.shape[sharding.MODEL]
 
     def local(sum_kc: jax.Array, h_tk: jax.Array) -> jax.Array:
@@ -106,11 +107,14 @@ def accumulate(total: SlabSum, h_tk: Float[jax.Array, "T K"]) -> SlabSum:
     return SlabSum(dataclasses.replace(slabs, values=mapped(slabs.values, h_tk)), total.tokens + t)
 
 
-@functools.partial(jax.jit, donate_argnames="total")
 def hessian(total: SlabSum) -> Slabs:
-    """`2/T` times the sum, in the memory of the sum; zeros where no token was summed."""
-    values = total.slabs.values * (2.0 / jnp.maximum(total.tokens, 1).astype(jnp.float32))
-    return dataclasses.replace(total.slabs, values=values)
+    """`2/T` times the sum, in the memory of the sum, which is gone; zeros where no token was summed."""
+    return dataclasses.replace(total.slabs, values=_averaged(total.slabs.values, total.tokens))
+
+
+@functools.partial(jax.jit, donate_argnames="values")
+def _averaged(values: jax.Array, tokens: jax.Array) -> jax.Array:
+    return values * (2.0 / jnp.maximum(tokens, 1).astype(jnp.float32))
 
 
 def on_slabs(function, mesh: Mesh, in_specs, out_specs):  # type: ignore[no-untyped-def]  # as jax.shard_map
