@@ -62,10 +62,10 @@ def abstract(shape: tuple[int, ...], dtype: Any, where: NamedSharding) -> Any:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
 
-def step(total: slabs.SlabSum, h_tk: jax.Array, w_kn: jax.Array, config: QuantizeConfig) -> Solution:
-    """A whole linear, from activations to codes."""
+def step(total: slabs.SlabSum, h_tk: jax.Array, w_kn: jax.Array, config: QuantizeConfig) -> tuple[slabs.Slabs, Solution]:
+    """A whole linear, from activations to codes; the Hessian is returned too, so that it may stay in the memory of the sum."""
     h = slabs.hessian(slabs.accumulate(total, h_tk))
-    return sharded.solve_columns(w_kn, sharded.prepare(h, config), config)
+    return h, sharded.solve_columns(w_kn, sharded.prepare(h, config), config)
 
 
 def compiled_for(mesh: Mesh) -> dict[str, Any]:
@@ -122,7 +122,7 @@ def solved_codes(path: str, data: int, model: int) -> None:
     w_kn = jnp.asarray(random.normal(size=(CODES_K, CODES_N)) * 0.05, jnp.float32)
     if data:
         config = QuantizeConfig()
-        found = step(slabs.empty(CODES_K, make_mesh(data=data, model=model)), h_tk, w_kn, config)
+        _, found = step(slabs.empty(CODES_K, make_mesh(data=data, model=model)), h_tk, w_kn, config)
     else:
         found = solve(w_kn, dense.hessian(dense.accumulate(dense.empty(CODES_K), h_tk)), QuantizeConfig())
     np.savez(path, codes=found.codes_kn, loss=np.asarray(found.loss_n).astype(np.float64).sum())

@@ -62,7 +62,7 @@ def solves() -> dict[str, np.ndarray]:
         name = f"{data}x{model}"
         mesh, config = make_mesh(data=data, model=model), QuantizeConfig(**CONFIGS[name])
         total = slabs.empty(K, mesh)
-        for batch in (h_tk[:200], h_tk[200:]):
+        for batch in (h_tk[:200].reshape(8, 25, K), h_tk[200:]):
             total = slabs.accumulate(total, jnp.asarray(batch))
         found[f"{name}/tokens"] = np.asarray(total.tokens)
         prepared = sharded.prepare(slabs.hessian(total), config)

@@ -1,7 +1,7 @@
 """One linear's solve on a mesh: the Hessian and its factor in slabs, output columns divided over all devices."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -114,15 +114,16 @@ def solve_columns(w_kn: Float[jax.Array, "K N"], prepared: ShardedPrepared, conf
     return diagnose(jax.tree.map(lambda leaf: leaf[..., :n] if leaf.ndim else leaf, found), w_kn)
 
 
-_LAYOUT = Solution(
-    codes_kn=sharding.COLUMNS,
-    scale_gn=sharding.COLUMNS,
-    zero_gn=sharding.COLUMNS,
-    loss_n=sharding.VECTOR,
-    rtn_loss_n=sharding.VECTOR,
-    damping=sharding.WHOLE,
-    outcome=sharding.WHOLE,
-)
+_WHERE: dict[str, Any] = {
+    "codes_kn": sharding.COLUMNS,
+    "scale_gn": sharding.COLUMNS,
+    "zero_gn": sharding.COLUMNS,
+    "loss_n": sharding.VECTOR,
+    "rtn_loss_n": sharding.VECTOR,
+    "damping": sharding.WHOLE,
+    "outcome": sharding.WHOLE,
+}
+_LAYOUT = Solution(**_WHERE)
 
 
 def _solve_own(

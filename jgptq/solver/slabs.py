@@ -57,15 +57,15 @@ def empty(k: int, mesh: Mesh) -> SlabSum:
 
 
 @functools.partial(jax.jit, donate_argnames="total")
-def accumulate(total: SlabSum, h_tk: Float[jax.Array, "T K"]) -> SlabSum:
-    """Adds `sum_t h_t h_t^T`, each device over its own tokens and a chunk of rows at a time, reduce-scattered over `data`.
+def accumulate(total: SlabSum, h: Float[jax.Array, "*batch K"]) -> SlabSum:
+    """Adds `sum_t h_t h_t^T` over all leading axes of `h`, each device over its own tokens and a chunk of rows at a time, reduce-scattered over `data`.
 
     A device adds up `[chunk, K / model]` of its tokens' sum, of which it is left `[chunk, K / devices]` of all tokens' sum: it
     needs room for one chunk. Both halves of the symmetric sum are computed, so that all devices have equally much to do.
 
     Args:
       total: the sum so far; its memory is reused.
-      h_tk: activations `[T, K]`, any float dtype, tokens best divided over `data` already.
+      h: activations `[..., K]`, any float dtype, best divided over `data` along their first axis already.
 
     Returns:
       The new sum.
@@ -74,10 +74,12 @@ def accumulate(total: SlabSum, h_tk: Float[jax.Array, "T K"]) -> SlabSum:
       ConfigError: K is not that of the sum.
     """
     slabs, mesh = total.slabs, total.slabs.mesh
-    t, k = h_tk.shape
+    k = h.shape[-1]
     if k != slabs.k:
         raise ConfigError(f"activations of {k} features cannot be added to the Hessian of {slabs.k}")
     size, ways = slabs.values.shape[0], mesh.shape[sharding.DATA]
+    h_tk = h.reshape(-1, k)
+    t = h_tk.shape[0]
     # A token of zeros adds nothing.
     h_tk = jnp.pad(h_tk, ((0, -t % ways), (0, size - k)))
     chunk = chunk_rows(size, mesh)
