@@ -58,9 +58,9 @@ def empty(k: int, mesh: Mesh) -> SlabSum:
 
 @functools.partial(jax.jit, donate_argnames="total")
 def accumulate(total: SlabSum, h: Float[jax.Array, "*batch K"]) -> SlabSum:
-    """Adds `sum_t h_t h_t^T` over all leading axes of `h`, each device over its own tokens and a chunk of rows at a time, reduce-scattered over `data`.
+    """Adds `sum_t h_t h_t^T` over all leading axes of `h`, reduce-scattered over `data`.
 
-    A device adds up `[chunk, K / model]` of its tokens' sum, of which it is left `[chunk, K / devices]` of all tokens' sum: it
+    Each device takes its own tokens, and a chunk of rows of the sum at a time. It adds up `[chunk, K / model]` of its tokens' sum, of which it is left `[chunk, K / devices]` of all tokens' sum: it
     needs room for one chunk. Both halves of the symmetric sum are computed, so that all devices have equally much to do.
 
     Args:
