@@ -60,8 +60,9 @@ def empty(k: int, mesh: Mesh) -> SlabSum:
 def accumulate(total: SlabSum, h: Float[jax.Array, "*batch K"]) -> SlabSum:
     """Adds `sum_t h_t h_t^T` over all leading axes of `h`, reduce-scattered over `data`.
 
-    Each device takes its own tokens, and a chunk of rows of the sum at a time. It adds up `[chunk, K / model]` of its tokens' sum, of which it is left `[chunk, K / devices]` of all tokens' sum: it
-    needs room for one chunk. Both halves of the symmetric sum are computed, so that all devices have equally much to do.
+    Each device takes its own tokens, and a chunk of rows of the sum at a time. It adds up `[chunk, K / model]` over its tokens,
+    and is left `[chunk, K / devices]` over all tokens: it needs room for one chunk. Both halves of the symmetric sum are
+    computed, so that all devices have equally much to do.
 
     Args:
       total: the sum so far; its memory is reused.
