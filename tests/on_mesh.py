@@ -94,7 +94,7 @@ def troubles() -> dict[str, np.ndarray]:
 
 def uneven_tiles() -> dict[str, np.ndarray]:
     """A factor whose rows are not a multiple of the tiles in which they are updated."""
-    slab_cholesky._MAX_TILE = 256
+    slab_cholesky._MAX_TILE = 384  # the second tile begins within the first, from row 256
     h_tk = np.random.default_rng(4).normal(size=(1500, 640))
     h_kk = (h_tk.T @ h_tk / 1500).astype(np.float32)
     prepared = sharded.prepare(in_slabs(h_kk, make_mesh(data=4, model=2)), QuantizeConfig(order="none"))
