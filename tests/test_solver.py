@@ -13,9 +13,9 @@ from jgptq.config import QuantizeConfig
 from jgptq.errors import ConfigError
 from jgptq.solver import Outcome, prepare, round_to_nearest, solve, solve_columns
 from jgptq.solver.cholesky import damped_inverse_factor, inverse_factor
+from jgptq.solver.compensate import solver_block
 from jgptq.solver.grid import minmax_grid
 from jgptq.solver.hessian import accumulate, empty, hessian
-from jgptq.solver.compensate import solver_block
 from jgptq.solver.order import row_order
 
 K, N, T = 192, 40, 600

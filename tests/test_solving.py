@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from jgptq.config import QuantizeConfig
 from jgptq.packed import unpack, validate
 from jgptq.solver import Outcome, solve
+from jgptq.solver.drift import StageSums
 from jgptq.solver.hessian import accumulate, empty, hessian
 from jgptq.solving import prepare_stage, solve_stage, tile_columns
 
@@ -23,7 +24,9 @@ def test_tiles_give_what_each_linear_gives_alone(columns: int, bits: int, sym: b
     total = accumulate(empty(K), jnp.asarray(random.normal(size=(200, K)), jnp.float32))
     config = QuantizeConfig(bits=bits, sym=sym, group_size=32)
     h_kk = hessian(total)
-    solved = solve_stage(kernels, prepare_stage(total, config), config, columns=columns, dtype=jnp.dtype(jnp.bfloat16))
+    solved = solve_stage(
+        kernels, prepare_stage(StageSums(total, None), config), config, columns=columns, dtype=jnp.dtype(jnp.bfloat16)
+    )
     assert Outcome(int(solved.outcome)) is Outcome.SOLVED
     for kernel, linear, expanded in zip(kernels, solved.linears, solved.kernels, strict=True):
         alone = solve(kernel.astype(jnp.float32), h_kk, config)
@@ -41,7 +44,9 @@ def test_the_worst_tile_decides_the_outcome():
     kernel = jnp.ones((K, 128), jnp.float32).at[0, 100].set(1e6)  # its scale is beyond float16
     total = accumulate(empty(K), jnp.asarray(np.random.default_rng(0).normal(size=(200, K)), jnp.float32))
     config = QuantizeConfig(group_size=32)
-    solved = solve_stage((kernel,), prepare_stage(total, config), config, columns=32, dtype=jnp.dtype(jnp.float32))
+    solved = solve_stage(
+        (kernel,), prepare_stage(StageSums(total, None), config), config, columns=32, dtype=jnp.dtype(jnp.float32)
+    )
     assert Outcome(int(solved.outcome)) is Outcome.SCALE_OVERFLOW
 
 

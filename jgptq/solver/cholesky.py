@@ -1,5 +1,6 @@
 """The upper factor U of the inverse Hessian, `H^-1 = U^T U`, without forming the inverse."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -75,12 +76,12 @@ def diagonal(a_kk: Float[jax.Array, "K K"]) -> Float[jax.Array, " K"]:
     return jax.lax.slice(a_kk.reshape(-1), (0,), (k * k,), (k + 1,))
 
 
-def added_damping(diag_k: Float[jax.Array, " K"], damping: Float[jax.Array, ""]) -> Float[jax.Array, " K"]:
-    """What a damping adds to each entry of the diagonal: that fraction of the mean of the entries above zero; or of one, if none
+def added_damping(diag_k: Float[jax.Array, " K"], damping: Float[jax.Array, ""]) -> Float[jax.Array, ""]:
+    """What a damping adds to each entry of the diagonal: that fraction of the mean of the entries above zero, or of one if none
     is."""
     live_k = diag_k > 0
     mean = jnp.sum(jnp.where(live_k, diag_k, 0.0)) / jnp.maximum(jnp.sum(live_k.astype(diag_k.dtype)), 1.0)
-    return jnp.full_like(diag_k, damping.astype(diag_k.dtype) * jnp.where(mean > 0, mean, 1.0))
+    return damping.astype(diag_k.dtype) * jnp.where(mean > 0, mean, 1.0)
 
 
 def damped_inverse_factor(h_kk: Float[jax.Array, "K K"], damping: float) -> Factor:
@@ -98,16 +99,44 @@ def damped_inverse_factor(h_kk: Float[jax.Array, "K K"], damping: float) -> Fact
     """
     diag_k = diagonal(h_kk)
 
-    def attempt(fraction: jax.Array) -> Factor:
-        u_kk = inverse_factor(h_kk, added_damping(diag_k, fraction))
-        return Factor(u_kk, fraction, all_finite(u_kk))
+    def attempt(added: jax.Array, _: jax.Array) -> tuple[jax.Array, jax.Array]:
+        u_kk = inverse_factor(h_kk, jnp.full_like(diag_k, added))
+        return u_kk, all_finite(u_kk)
+
+    return raised_until_finite(attempt, jnp.zeros_like(h_kk), diag_k, damping)
+
+
+def raised_until_finite(
+    attempt: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]],
+    start_kk: Float[jax.Array, "K K"],
+    diag_k: Float[jax.Array, " K"],
+    damping: float,
+) -> Factor:
+    """Factors with more and more damping, as a loop inside jit.
+
+    Args:
+      attempt: takes what to add to the diagonal, and memory in the form of a factor that did not do; returns a factor and
+        whether it is finite.
+      start_kk: the memory for the first attempt.
+      diag_k: the undamped diagonal.
+      damping: the first lambda.
+
+    Returns:
+      The first factor that is finite, or that of the largest damping.
+    """
+    unit = added_damping(diag_k, jnp.float32(1))
 
     def next_damping(factor: Factor) -> jax.Array:
         return jnp.where(factor.damping == 0, jnp.float32(damping), factor.damping * DAMPING_STEP)
 
+    def again(factor: Factor) -> Factor:
+        fraction = next_damping(factor)
+        u_kk, finite = attempt(fraction.astype(diag_k.dtype) * unit, factor.u_kk)
+        return Factor(u_kk, fraction, finite)
+
     # One body serves the first attempt too: the factorization is most of what there is to compile.
     return jax.lax.while_loop(
         lambda factor: ~factor.finite & (next_damping(factor) <= MAX_DAMPING),
-        lambda factor: attempt(next_damping(factor)),
-        Factor(jnp.zeros_like(h_kk), jnp.float32(0), jnp.bool_(False)),
+        again,
+        Factor(start_kk, jnp.float32(0), jnp.bool_(False)),
     )

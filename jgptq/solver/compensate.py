@@ -1,5 +1,7 @@
 """The blocked loop over rows: quantize, and spread the error over the rows that follow."""
 
+import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -14,11 +16,19 @@ _MAX_BLOCK = 128
 _STEP = ROW_MULTIPLE
 
 
+_Factors = tuple[jax.Array, ...]  # rows of U in a block [B, K], and of GPTAQ's matrix where there is one
+_Moved = tuple[jax.Array, ...]  # what they multiply: errors [B, N], and rows as they were when their turn came
+
+
 class Compensated(NamedTuple):
     """Codes and the grids that they are of, in the solver's sequence of rows."""
 
     codes_kn: UInt8[jax.Array, "K N"]
     grid: Grid  # [G, N]
+
+
+Rows = Callable[[jax.Array, int], Float[jax.Array, "B K"]]
+"""Given a start and a size, those rows of a matrix over K, all its columns: the matrix itself may lie elsewhere."""
 
 
 class _State(NamedTuple):
@@ -31,13 +41,13 @@ class _State(NamedTuple):
 
 def compensate(
     w_kn: Float[jax.Array, "K N"],
-    u_kk: Float[jax.Array, "K K"],
+    u_rows: Rows,
     weight_k: Float[jax.Array, " K"],
     *,
     rows: int,
     config: QuantizeConfig,
     fixed: tuple[Grid, Int[jax.Array, " K"]] | None = None,
-    drift_kk: Float[jax.Array, "K K"] | None = None,
+    drift_rows: Rows | None = None,
 ) -> Compensated:
     """Quantizes rows in sequence (GPTQ, Frantar et al. 2022, algorithm 1), with lazy updates on two levels.
 
@@ -46,27 +56,26 @@ def compensate(
 
     Args:
       w_kn: `[K, N]`, in the solver's sequence.
-      u_kk: the upper factor of the damped inverse, in the same sequence.
+      u_rows: of the upper factor of the damped inverse, in the same sequence.
       weight_k: the diagonal of H, for the search of scales.
       rows: rows in a group.
       config: bits, grid and search.
       fixed: grids `[G, N]` that were set beforehand, and the group of each row; None where groups are runs of the sequence, and
         each is given its grid from its rows as they are when its turn comes.
-      drift_kk: GPTAQ's correction, strictly upper; None for plain GPTQ.
+      drift_rows: of GPTAQ's matrix, strictly upper; None for plain GPTQ.
 
     Returns:
       Codes and grids.
     """
     k, n = w_kn.shape
     block = solver_block(k, rows)
+    sources = (u_rows,) if drift_rows is None else (u_rows, drift_rows)
 
-    def run_step(
-        step: jax.Array, carry: tuple[_State, jax.Array, jax.Array, jax.Array]
-    ) -> tuple[_State, jax.Array, jax.Array, jax.Array]:
-        state, error_bn, turn_bn, start = carry
+    def run_step(step: jax.Array, carry: tuple[_State, _Moved], factors: _Factors, start: jax.Array) -> tuple[_State, _Moved]:
+        state, moved = carry
         row = start + step * _STEP
         if fixed is None:
-            begun = lambda: _begin_group(state, weight_k, row, rows, config)  # noqa: E731
+            begun = functools.partial(_begin_group, state, weight_k, row, rows, config)
             grid = jax.lax.cond(row % rows == 0, begun, lambda: state.grid)
             of_step = jax.tree.map(lambda part_gn: jax.lax.dynamic_slice_in_dim(part_gn, row // rows, 1), grid)
         else:
@@ -74,34 +83,32 @@ def compensate(
             groups_r = jax.lax.dynamic_slice_in_dim(fixed[1], row, _STEP)
             of_step = jax.tree.map(lambda part_gn: part_gn[groups_r], grid)
         w_rn = jax.lax.dynamic_slice_in_dim(state.w_kn, row, _STEP)
-        u_rr = _corner(u_kk, row, row, _STEP, _STEP)
-        drift_rr = None if drift_kk is None else _corner(drift_kk, row, row, _STEP, _STEP)
-        found = gptq_block(w_rn, u_rr, of_step.scale_n, of_step.zero_n, drift_rr, bits=config.bits)
+        corners = [jax.lax.dynamic_slice(factor_bk, (step * _STEP, row), (_STEP, _STEP)) for factor_bk in factors]
+        found = gptq_block(w_rn, corners[0], *of_step, *corners[1:], bits=config.bits)
+        new = (found.error_rn, found.turn_rn)[: len(factors)]
+        # Rows up to this step are done, and those of U would move them on.
         later_b = (jnp.arange(block) >= (step + 1) * _STEP)[None, :]
+        of_block = [jax.lax.dynamic_slice(factor_bk, (step * _STEP, start), (_STEP, block)) for factor_bk in factors]
         w_bn = jax.lax.dynamic_slice_in_dim(state.w_kn, start, block)
-        w_bn = w_bn - _spread(jnp.where(later_b, _corner(u_kk, row, start, _STEP, block), 0.0), found.error_rn)
-        error_bn = jax.lax.dynamic_update_slice_in_dim(error_bn, found.error_rn, step * _STEP, 0)
-        if drift_kk is not None:
-            w_bn = w_bn + _spread(jnp.where(later_b, _corner(drift_kk, row, start, _STEP, block), 0.0), found.turn_rn)
-            turn_bn = jax.lax.dynamic_update_slice_in_dim(turn_bn, found.turn_rn, step * _STEP, 0)
+        w_bn = _spread(w_bn, [jnp.where(later_b, factor_rb, 0.0) for factor_rb in of_block], new)
         state = _State(
             jax.lax.dynamic_update_slice_in_dim(state.w_kn, w_bn, start, 0),
             jax.lax.dynamic_update_slice_in_dim(state.codes_kn, found.codes_rn, row, 0),
             grid,
         )
-        return state, error_bn, turn_bn, start
+        put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=step * _STEP, axis=0)
+        return state, tuple(put(all_bn, part_rn) for all_bn, part_rn in zip(moved, new, strict=True))
 
     def run_block(index: jax.Array, state: _State) -> _State:
         start = index * block
-        error_bn = jnp.zeros((block, n), w_kn.dtype)
-        turn_bn = jnp.zeros((block if drift_kk is not None else 0, n), w_kn.dtype)
-        state, error_bn, turn_bn, _ = jax.lax.fori_loop(0, block // _STEP, run_step, (state, error_bn, turn_bn, start))
+        factors = tuple(rows_of(start, block) for rows_of in sources)
+        run = functools.partial(run_step, factors=factors, start=start)
+        nothing = tuple(jnp.zeros((block, n), w_kn.dtype) for _ in factors)
+        state, moved = jax.lax.fori_loop(0, block // _STEP, run, (state, nothing))
 
         def update(later: jax.Array, w_kn: jax.Array) -> jax.Array:
-            w_bn = jax.lax.dynamic_slice_in_dim(w_kn, later * block, block)
-            w_bn = w_bn - _spread(_corner(u_kk, start, later * block, block, block), error_bn)
-            if drift_kk is not None:
-                w_bn = w_bn + _spread(_corner(drift_kk, start, later * block, block, block), turn_bn)
+            of_block = [jax.lax.dynamic_slice(factor_bk, (0, later * block), (block, block)) for factor_bk in factors]
+            w_bn = _spread(jax.lax.dynamic_slice_in_dim(w_kn, later * block, block), of_block, moved)
             return jax.lax.dynamic_update_slice_in_dim(w_kn, w_bn, later * block, 0)
 
         return state._replace(w_kn=jax.lax.fori_loop(index + 1, k // block, update, state.w_kn))
@@ -126,10 +133,7 @@ def _begin_group(state: _State, weight_k: jax.Array, row: jax.Array, rows: int, 
     return jax.tree.map(lambda all_gn, one_n: jax.lax.dynamic_update_index_in_dim(all_gn, one_n, group, 0), state.grid, begun)
 
 
-def _corner(a_kk: jax.Array, row: jax.Array, column: jax.Array, height: int, width: int) -> jax.Array:
-    return jax.lax.dynamic_slice(a_kk, (row, column), (height, width))
-
-
-def _spread(u_rb: jax.Array, error_rn: jax.Array) -> jax.Array:
-    """`u^T e`: what the errors of R rows change in B later ones."""
-    return jnp.matmul(u_rb.T, error_rn, precision=jax.lax.Precision.HIGHEST)
+def _spread(w_bn: jax.Array, factors: Sequence[jax.Array], moved: Sequence[jax.Array]) -> jax.Array:
+    """`w - u^T e`, what the errors of R rows change in B later ones, and `+ p^T w_turn`, what GPTAQ's correction does."""
+    products = [jnp.matmul(a_rb.T, b_rn, precision=jax.lax.Precision.HIGHEST) for a_rb, b_rn in zip(factors, moved, strict=True)]
+    return w_bn - products[0] if len(products) == 1 else w_bn - products[0] + products[1]

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 
 from jgptq.config import QuantizeConfig, group_rows
 from jgptq.errors import ConfigError
-from jgptq.notation import Float, Int, UInt8
-from jgptq.solver.cholesky import added_damping, all_finite, damped_inverse_factor, diagonal
-from jgptq.solver.compensate import Compensated, compensate
+from jgptq.notation import Bool, Float, Int, UInt8
+from jgptq.solver.cholesky import Factor, added_damping, all_finite, damped_inverse_factor, diagonal
+from jgptq.solver.compensate import Compensated, Rows, compensate
 from jgptq.solver.grid import nearest_codes, search_grid
 from jgptq.solver.order import RowOrder, inverse_permutation, row_order
 from jgptq.solver.outcome import Outcome
@@ -80,15 +80,28 @@ def prepare(h_kk: Float[jax.Array, "K K"], config: QuantizeConfig, drift_kk: Flo
     order = row_order(config.order, diag_k, rows)
     sequence_kk = in_sequence(h_kk, order)
     factor = damped_inverse_factor(sequence_kk, config.damping)
+    if drift_kk is not None:
+        finite = finite & all_finite(drift_kk)
+    outcome = factor_outcome(factor, diag_k, config, finite=finite, symmetric=symmetric)
+    if drift_kk is not None:
+        drift_kk = in_sequence(drift_kk.astype(h_kk.dtype), order)
+    return Prepared(sequence_kk, factor.u_kk, drift_kk, order, factor.damping, outcome)
+
+
+def factor_outcome(
+    factor: Factor,
+    diag_k: Float[jax.Array, " K"],
+    config: QuantizeConfig,
+    *,
+    finite: Bool[jax.Array, ""],
+    symmetric: Bool[jax.Array, ""],
+) -> Int[jax.Array, ""]:
+    """The `Outcome` of a factorization, given the Hessian's diagonal and whether all of it is finite and symmetric."""
     outcome = jnp.where(factor.damping > config.damping, Outcome.RAISED_DAMPING, Outcome.SOLVED)
     outcome = jnp.where(factor.finite, outcome, Outcome.NOT_FACTORED)
     outcome = jnp.where(jnp.any(diag_k != 0), outcome, Outcome.ZERO_HESSIAN)
     outcome = jnp.where(symmetric & jnp.all(diag_k >= 0), outcome, Outcome.NOT_A_HESSIAN)
-    outcome = jnp.where(finite, outcome, Outcome.NONFINITE_HESSIAN)
-    if drift_kk is not None:
-        outcome = jnp.where(all_finite(drift_kk), outcome, Outcome.NONFINITE_HESSIAN)
-        drift_kk = in_sequence(drift_kk.astype(h_kk.dtype), order)
-    return Prepared(sequence_kk, factor.u_kk, drift_kk, order, factor.damping, outcome)
+    return jnp.where(finite, outcome, Outcome.NONFINITE_HESSIAN)
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -121,15 +134,15 @@ def solve_columns(
     if config.method == "rtn":
         loss_n = output_loss(off_kn, prepared.h_kk)
         outcome = jnp.where(prepared.outcome == Outcome.NONFINITE_HESSIAN, prepared.outcome, rounded.outcome)
-        return _diagnose(rounded._replace(loss_n=loss_n, rtn_loss_n=loss_n, outcome=outcome), w_kn)
+        return diagnose(rounded._replace(loss_n=loss_n, rtn_loss_n=loss_n, outcome=outcome), w_kn)
     if prepared.u_kk is None:
         raise ValueError("the Hessian was prepared for round-to-nearest; prepare it with the config of this solve")
     sequence_kn = w_kn[rows_k]
     target_kn = _target(sequence_kn, prepared, config, None if residual_kn is None else residual_kn[rows_k])
-    found = _improved(_compensated(sequence_kn, target_kn, prepared, rows, config), target_kn, prepared, rows, config)
-    solution = _in_file(found, prepared.order, rows, config)
+    found = _improved(_compensated(sequence_kn, target_kn, prepared, config), target_kn, prepared, rows, config)
+    solution = in_file_order(found, prepared.order, rows, config)
     codes_off_kn = target_kn - solution.dequantize()[rows_k]
-    return _diagnose(
+    return diagnose(
         solution._replace(
             loss_n=output_loss(codes_off_kn, prepared.h_kk),
             rtn_loss_n=output_loss(off_kn + (target_kn - sequence_kn), prepared.h_kk),
@@ -185,8 +198,8 @@ def _target(w_kn: jax.Array, prepared: Prepared, config: QuantizeConfig, residua
     return shifted_target(w_kn, prepared.u_kk, prepared.drift_kk, residual_kn, config.target_shift, config.residual_shift)
 
 
-def _compensated(w_kn: jax.Array, target_kn: jax.Array, prepared: Prepared, rows: int, config: QuantizeConfig) -> Compensated:
-    """Runs the loop of the method, on grids that are set on the way or, for static order, beforehand."""
+def _compensated(w_kn: jax.Array, target_kn: jax.Array, prepared: Prepared, config: QuantizeConfig) -> Compensated:
+    """Runs the loop of the method."""
     u_kk, h_kk, drift_kk = prepared.u_kk, prepared.h_kk, prepared.drift_kk
     assert u_kk is not None
     start_kn, p_kk = target_kn, None
@@ -194,14 +207,38 @@ def _compensated(w_kn: jax.Array, target_kn: jax.Array, prepared: Prepared, rows
         start_kn, p_kk = w_kn, gptaq_drift(u_kk, drift_kk, config.target_shift)
     if config.method == "qronos" and drift_kk is not None:
         start_kn = qronos_start(w_kn, target_kn, u_kk, h_kk, drift_kk, config.target_shift)
-    diag_k = diagonal(h_kk)
+    p_rows = None if p_kk is None else functools.partial(jax.lax.dynamic_slice_in_dim, p_kk)
+    u_rows = functools.partial(jax.lax.dynamic_slice_in_dim, u_kk)
+    return quantize_rows(start_kn, u_rows, diagonal(h_kk), prepared.order, config, p_rows)
+
+
+def quantize_rows(
+    start_kn: Float[jax.Array, "K N"],
+    u_rows: Rows,
+    diag_k: Float[jax.Array, " K"],
+    order: RowOrder,
+    config: QuantizeConfig,
+    drift_rows: Rows | None = None,
+) -> Compensated:
+    """Runs the loop over rows, on grids that are set on the way or, for static order, beforehand in the groups of the file.
+
+    Args:
+      start_kn: what the loop begins with, in the solver's sequence.
+      u_rows: rows of the upper factor of the damped inverse.
+      diag_k: the diagonal of H, in the same sequence.
+      order: that sequence.
+      config: bits, group size, order, grid.
+      drift_rows: rows of GPTAQ's matrix, or None.
+    """
+    k, n = start_kn.shape
+    rows = group_rows(k, config.group_size)
     fixed = None
     if config.order == "static":
-        to_file_k = inverse_permutation(prepared.order.rows_k)
-        grouped = start_kn[to_file_k].reshape(-1, rows, w_kn.shape[1]), diag_k[to_file_k].reshape(-1, rows)
+        to_file_k = inverse_permutation(order.rows_k)
+        grouped = start_kn[to_file_k].reshape(-1, rows, n), diag_k[to_file_k].reshape(-1, rows)
         grid = search_grid(*grouped, bits=config.bits, sym=config.sym, scale=config.grid_search)
-        fixed = grid, prepared.order.rows_k // rows
-    return compensate(start_kn, u_kk, diag_k, rows=rows, config=config, fixed=fixed, drift_kk=p_kk)
+        fixed = grid, order.rows_k // rows
+    return compensate(start_kn, u_rows, diag_k, rows=rows, config=config, fixed=fixed, drift_rows=drift_rows)
 
 
 def _improved(found: Compensated, target_kn: jax.Array, prepared: Prepared, rows: int, config: QuantizeConfig) -> Refined:
@@ -212,7 +249,7 @@ def _improved(found: Compensated, target_kn: jax.Array, prepared: Prepared, rows
         return Refined(codes_kn, found.grid)
     # The target is that of the damped least squares: without the damping, directions that hardly any token spans would be
     # fitted to those few.
-    h_kk = prepared.h_kk + jnp.diag(added_damping(diagonal(prepared.h_kk), prepared.damping))
+    h_kk = prepared.h_kk + added_damping(diagonal(prepared.h_kk), prepared.damping) * jnp.eye(target_kn.shape[0])
     improve = functools.partial(refine, rows=rows, rounds=rounds, sweeps=sweeps, bits=config.bits, sym=config.sym)
     if config.order != "static":
         return improve(codes_kn, found.grid, target_kn, h_kk)
@@ -222,7 +259,7 @@ def _improved(found: Compensated, target_kn: jax.Array, prepared: Prepared, rows
     return better._replace(codes_kn=better.codes_kn[rows_k])
 
 
-def _in_file(found: Refined, order: RowOrder, rows: int, config: QuantizeConfig) -> Solution:
+def in_file_order(found: Refined | Compensated, order: RowOrder, rows: int, config: QuantizeConfig) -> Solution:
     """Puts rows and groups where the file has them."""
     to_file_k, groups_g = inverse_permutation(order.rows_k), inverse_permutation(order.groups_g)
     n = found.codes_kn.shape[1]
@@ -274,7 +311,7 @@ def round_to_nearest(
         damping=jnp.float32(0),
         outcome=jnp.int32(Outcome.ROUNDED),
     )
-    return _diagnose(solution, w_kn)
+    return diagnose(solution, w_kn)
 
 
 def output_loss(dw_kn: Float[jax.Array, "K N"], h_kk: Float[jax.Array, "K K"]) -> Float[jax.Array, " N"]:
@@ -282,7 +319,7 @@ def output_loss(dw_kn: Float[jax.Array, "K N"], h_kk: Float[jax.Array, "K K"]) -
     return jnp.sum(dw_kn * jnp.matmul(h_kk, dw_kn, precision=jax.lax.Precision.HIGHEST), axis=0)
 
 
-def _diagnose(solution: Solution, w_kn: jax.Array) -> Solution:
+def diagnose(solution: Solution, w_kn: jax.Array) -> Solution:
     """Overrides the outcome where the weights or the grid are not finite."""
     outcome = jnp.where(all_finite(solution.scale_gn.astype(jnp.float32)), solution.outcome, Outcome.SCALE_OVERFLOW)
     return solution._replace(outcome=jnp.where(all_finite(w_kn), outcome, Outcome.NONFINITE_WEIGHTS))

@@ -17,10 +17,11 @@ def shifted_target(
 ) -> Float[jax.Array, "K N"]:
     """The float kernel whose outputs on the quantized inputs are nearest to what they should be.
 
-    With X the inputs that a linear reads, X_f those of the float model's, and D what the residual stream lost before this
+    With X the inputs that a linear reads, X_f those that the float model's reads, and D what the residual stream lost before this
     linear's output is added to it, `||a (X_f - X) W + b D + X W - X Q||^2` differs from `tr((W' - Q)^T H (W' - Q))` by a constant
-    for `W' = W + (H + lambda)^-1 (a C W + b R)`, `C = 2/T X^T (X_f - X)`, `R = 2/T X^T D`: least squares, so that every solver for
-    Q serves (the target that GPTAQ, arXiv 2504.02692, and Qronos, arXiv 2505.11695, reach inside their loops; D as well is ours).
+    for `W' = W + (H + lambda)^-1 (a C W + b R)`, `C = 2/T X^T (X_f - X)`, `R = 2/T X^T D`. It is least squares, so that every
+    solver for Q serves. GPTAQ (arXiv 2504.02692) and Qronos (arXiv 2505.11695) correct the inputs inside of their loops; D as
+    well is ours.
 
     Args:
       w_kn: the kernel `[K, N]`.
