@@ -1,7 +1,8 @@
 """Settings of a quantization run: one frozen dataclass, checked when it is made."""
 
 import dataclasses
-from typing import Literal, get_args
+import re
+from typing import Any, Literal, get_args
 
 from jgptq.errors import ConfigError
 
@@ -11,6 +12,52 @@ Order = Literal["none", "group"]
 BITS = (2, 3, 4, 8)
 ROW_MULTIPLE = 32
 """K and N of a packed linear, and every group size, are multiples of this: 32 codes fill whole int32 words at any bit width."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rule:
+    """Settings of the linears whose full name a regex matches from its start; see `jgptq.rules`.
+
+    Raises:
+      ConfigError: the pattern is no regex, a value has the wrong type, or the rule skips and sets something as well.
+    """
+
+    pattern: str  # tried with `re.match` on names such as model.layers.0.mlp.down_proj
+    skip: bool = False  # the linears stay float
+    bits: int | None = None  # this field and those below it: as in `QuantizeConfig`; None leaves the run's value
+    group_size: int | None = None
+    sym: bool | None = None
+    order: str | None = None
+    method: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.pattern, str) or self.pattern.startswith(("+:", "-:")):
+            advice = "the prefixes +: and -: belong to the dynamic form; here, say skip=True or skip=False"
+            raise ConfigError(f"the pattern of a rule must be a regex, found {self.pattern!r}; {advice}")
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise ConfigError(f"the pattern of a rule must be a regex, found {self.pattern!r}: {error}") from None
+        types = {"skip": bool, "bits": int, "group_size": int, "sym": bool, "order": str, "method": str}
+        values = {name: value for name in types if (value := getattr(self, name)) is not None}
+        wrong = [
+            f"{name} must be {types[name].__name__}, found {value!r}"
+            for name, value in values.items()
+            if type(value) is not types[name]
+        ]
+        if self.skip is True and self.overrides:
+            wrong.append(f"it skips, so it cannot set {', '.join(self.overrides)}")
+        if wrong:
+            raise ConfigError(f"rule {self.pattern!r}: {'; '.join(wrong)}")
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """The settings that this rule changes."""
+        return {name: value for name in OVERRIDES if (value := getattr(self, name)) is not None}
+
+
+OVERRIDES = ("bits", "group_size", "sym", "order", "method")
+"""What a rule can set."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,6 +75,8 @@ class QuantizeConfig:
     order: Order = "group"  # rows in file order, or most important first inside and among groups (file order is kept)
     damping: float = 0.01  # added to the Hessian's diagonal, as a fraction of its mean
     allow_rtn_fallback: bool = False  # a linear that cannot be solved is rounded to nearest and reported, not an error
+    rules: tuple[Rule, ...] = ()  # settings of single linears: the first rule that matches a name holds for it
+    lm_head: bool = False  # the output projection is quantized as well
 
     def __post_init__(self) -> None:
         problems = []
@@ -41,8 +90,31 @@ class QuantizeConfig:
             problems.append(f"order must be one of {get_args(Order)}, found {self.order!r}")
         if not 0.0 < self.damping <= 1.0:
             problems.append(f"damping must be in (0, 1], found {self.damping}; the usual value is 0.01")
+        if not isinstance(self.lm_head, bool):
+            problems.append(f"lm_head must be true or false, found {self.lm_head!r}")
+        problems += self._rule_problems()
         if problems:
             raise ConfigError("; ".join(problems))
+
+    def with_rule(self, rule: Rule | None) -> "QuantizeConfig":
+        """The settings of linears that a rule holds for; they have no rules of their own."""
+        return dataclasses.replace(self, rules=(), lm_head=False, **({} if rule is None else rule.overrides))
+
+    def _rule_problems(self) -> list[str]:
+        if not isinstance(self.rules, tuple) or not all(isinstance(rule, Rule) for rule in self.rules):
+            return [f"rules must be a tuple of Rule, found {self.rules!r}; jgptq.rules.rules_from_dynamic makes one of a dict"]
+        problems = []
+        patterns = [rule.pattern for rule in self.rules]
+        if twice := {pattern for pattern in patterns if patterns.count(pattern) > 1}:
+            problems.append(
+                f"rules: the first match wins, so only one can have the pattern {', '.join(map(repr, sorted(twice)))}"
+            )
+        for rule in self.rules:
+            try:
+                self.with_rule(rule)
+            except ConfigError as error:
+                problems.append(f"rule {rule.pattern!r}: {error}")
+        return problems
 
 
 def group_rows(k: int, group_size: int) -> int:

@@ -11,7 +11,7 @@ from jgptq.calibration import check_tokens
 from jgptq.config import QuantizeConfig
 from jgptq.errors import CalibrationError, ConfigError
 from jgptq.hostmem import to_device
-from jgptq.models import Block, Carry, Decoder
+from jgptq.models import Carry, Decoder, Unit
 from jgptq.notation import Array
 from jgptq.solver.hessian import HessianSum, accumulate, empty
 
@@ -65,7 +65,7 @@ def embed(params: Decoder, batches: Sequence[np.ndarray]) -> list[Carry]:
 _embed = jax.jit(lambda module, tokens, dtype: module(tokens, dtype), static_argnums=2)
 
 
-def observe(work: Block, carries: Sequence[Carry], stage: int) -> HessianSum:
+def observe(work: Unit, carries: Sequence[Carry], stage: int) -> HessianSum:
     """Sums the Hessian of what a stage's linears read, over all batches.
 
     Args:
@@ -79,7 +79,7 @@ def observe(work: Block, carries: Sequence[Carry], stage: int) -> HessianSum:
     return total
 
 
-def advance(work: Block, carries: list[Carry], stage: int, *, observe_next: bool) -> HessianSum | None:
+def advance(work: Unit, carries: list[Carry], stage: int, *, observe_next: bool) -> HessianSum | None:
     """Moves every batch through a stage, in place, so that only one batch exists twice at a time.
 
     Args:
@@ -97,17 +97,17 @@ def advance(work: Block, carries: list[Carry], stage: int, *, observe_next: bool
     return total
 
 
-def _empty(work: Block, stage: int) -> HessianSum:
+def _empty(work: Unit, stage: int) -> HessianSum:
     return empty(work.stages()[stage].linears[0].kernel.get_value().shape[0])
 
 
 @functools.partial(jax.jit, static_argnames="stage", donate_argnames="total")
-def _observe(block: Block, carry: Carry, total: HessianSum, *, stage: int) -> HessianSum:
+def _observe(block: Unit, carry: Carry, total: HessianSum, *, stage: int) -> HessianSum:
     return accumulate(total, block.stages()[stage].inputs(carry))
 
 
 @functools.partial(jax.jit, static_argnames="stage", donate_argnames="total")
-def _advance(block: Block, carry: Carry, total: HessianSum | None, *, stage: int) -> tuple[Carry, HessianSum | None]:
+def _advance(block: Unit, carry: Carry, total: HessianSum | None, *, stage: int) -> tuple[Carry, HessianSum | None]:
     stages = block.stages()
     carry = stages[stage](carry)
     return carry, None if total is None else accumulate(total, stages[stage + 1].inputs(carry))

@@ -7,6 +7,7 @@ produce, every Hessian is made once for all linears that share it, and one block
 
 import dataclasses
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -16,14 +17,15 @@ import numpy as np
 from flax import nnx
 
 from jgptq.config import QuantizeConfig
-from jgptq.errors import ConfigError, NumericalError
+from jgptq.errors import ConfigError, NumericalError, RuleWarning
 from jgptq.hostmem import to_device
-from jgptq.models import Block, Carry, Decoder, Stage
+from jgptq.models import Carry, Decoder, Head, Stage, Unit
 from jgptq.notation import Array, Int
 from jgptq.packed import PackedTensor
 from jgptq.passes import advance, cut_batches, embed, observe
-from jgptq.plan import StagePlan, packed_widths, plan_decoder
+from jgptq.plan import StagePlan, idle_rules, packed_widths, plan_decoder, unit_prefix, units
 from jgptq.progress import Progress
+from jgptq.rules import rules_from_dynamic
 from jgptq.solver import Outcome, Prepared
 from jgptq.solver.hessian import HessianSum
 from jgptq.solving import SolvedLinear, SolvedStage, prepare_stage, solve_stage, tile_columns
@@ -33,13 +35,13 @@ Rows = tuple[LinearReport, ...]
 
 
 class Sink(Protocol):
-    """Where finished blocks go, and where a repeated run finds them."""
+    """Where finished blocks go, and where a repeated run finds them. The head, where it is quantized, follows the last block."""
 
-    def done(self) -> Mapping[int, tuple[Block, Rows]]:
+    def done(self) -> Mapping[int, tuple[Unit, Rows]]:
         """The blocks that are already there, with their report rows."""
         ...
 
-    def write(self, index: int, block: Block, rows: Rows) -> None:
+    def write(self, index: int, block: Unit, rows: Rows) -> None:
         """Takes a finished block."""
         ...
 
@@ -48,13 +50,13 @@ class MemorySink:
     """Keeps finished blocks in host memory."""
 
     def __init__(self) -> None:
-        self._blocks: dict[int, tuple[Block, Rows]] = {}
+        self._blocks: dict[int, tuple[Unit, Rows]] = {}
 
-    def done(self) -> Mapping[int, tuple[Block, Rows]]:
+    def done(self) -> Mapping[int, tuple[Unit, Rows]]:
         """The blocks written so far."""
         return self._blocks
 
-    def write(self, index: int, block: Block, rows: Rows) -> None:
+    def write(self, index: int, block: Unit, rows: Rows) -> None:
         """Keeps a block, its leaves moved to host memory."""
         self._blocks[index] = (jax.tree.map(np.asarray, block), rows)
 
@@ -63,9 +65,8 @@ class MemorySink:
 class _Run:
     """What holds for every block."""
 
-    config: QuantizeConfig
     dtype: jnp.dtype  # that activations and expanded kernels are computed in
-    columns: Mapping[int, int]  # K -> columns that are solved at once
+    columns: Mapping[tuple[int, QuantizeConfig], int]  # K, a stage's settings -> columns that are solved at once
 
 
 def quantize(
@@ -78,7 +79,7 @@ def quantize(
     progress: bool | None = None,
     **settings: Any,
 ) -> tuple[Decoder, Report]:
-    """Quantizes every linear of a decoder's blocks.
+    """Quantizes every linear of a decoder's blocks, and its output projection on request.
 
     Minimizes `tr((W - Q)^T H (W - Q))` linear by linear with `H = 2/T sum_t h_t h_t^T`, where h is what the linear reads when all
     layers before it are quantized already (GPTQ, Frantar et al. 2022, with true-sequential inputs).
@@ -90,7 +91,8 @@ def quantize(
       batch_size: samples that are run at once; by default about 4096 tokens' worth, 1024 on a CPU.
       sink: where blocks go when they are finished; by default host memory. Blocks that it holds already are not solved again.
       progress: whether to draw a progress bar; by default only on a terminal.
-      **settings: fields of `QuantizeConfig`: bits, group_size, sym, method, order, damping, allow_rtn_fallback.
+      **settings: fields of `QuantizeConfig`: bits, group_size, sym, method, order, damping, allow_rtn_fallback, lm_head, rules
+        (`jgptq.Rule`s, or a dict such as `{"-:regex": {}, "+:regex": {"bits": 8}}`).
 
     Returns:
       The quantized decoder, which shares its other leaves with `params`, and a report with a row per linear.
@@ -106,7 +108,10 @@ def quantize(
     plans = plan_decoder(params, config)
     if params.quantization is not None:
         raise ConfigError("the decoder is quantized already; start from the float checkpoint")
-    batches = cut_batches(params, calib, batch_size, config)
+    for sentence in idle_rules(params, config):
+        warnings.warn(sentence, RuleWarning, stacklevel=2)
+    columns = {key: tile_columns(widths) for key, widths in packed_widths(params, config, plans).items()}
+    batches = cut_batches(params, calib, batch_size, max((used for _, used in columns), key=lambda used: used.method != "rtn"))
     sink = MemorySink() if sink is None else sink
     started = time.monotonic()
     finished = sink.done()
@@ -114,15 +119,14 @@ def quantize(
         if module is not None:
             _check_finite(name, to_device(module))
     carries = embed(params, batches)
-    columns = {k: tile_columns(widths) for k, widths in packed_widths(params, plans).items()}
-    run = _Run(config=config, dtype=params.config.compute_dtype, columns=columns)
+    run = _Run(dtype=params.config.compute_dtype, columns=columns)
     with Progress(sum(len(plan) for plan in plans), progress) as bar:
-        for index, (block, plan) in enumerate(zip(params.layers, plans, strict=True)):
+        for index, (block, plan) in enumerate(zip(units(params, config), plans, strict=True)):
             last = index == len(plans) - 1
             if index in finished:
                 if not last:
                     _pass_through(finished[index][0], plan, carries, run.dtype)
-                bar.advance(f"layers.{index} was done", len(plan))
+                bar.advance(f"{(unit_prefix(block, index) or 'lm_head').rstrip('.')} was done", len(plan))
                 continue
             packed, rows = _quantize_block(index, block, plan, carries, last, run, bar)
             sink.write(index, packed, rows)
@@ -142,29 +146,31 @@ def make_config(settings: Mapping[str, Any]) -> QuantizeConfig:
     unknown = [name for name in settings if name not in known]
     if unknown:
         raise ConfigError(f"unknown settings {', '.join(unknown)}; known are {', '.join(known)}")
-    return QuantizeConfig(**settings)
+    rules = settings.get("rules") or ()
+    rules = rules_from_dynamic(rules) if isinstance(rules, Mapping) else rules
+    return QuantizeConfig(**{**settings, "rules": tuple(rules) if isinstance(rules, list) else rules})
 
 
 def _quantize_block(
-    index: int, block: Block, plan: Sequence[StagePlan], carries: list[Carry], last: bool, run: _Run, bar: Progress
-) -> tuple[Block, Rows]:
+    index: int, block: Unit, plan: Sequence[StagePlan], carries: list[Carry], last: bool, run: _Run, bar: Progress
+) -> tuple[Unit, Rows]:
     """Quantizes one block and moves the batches through it; returns it packed, with its report rows."""
     work = to_device(block)
-    _check_finite(f"layers.{index}", work)
+    prefix = unit_prefix(block, index)
+    _check_finite(prefix.rstrip("."), work)
     packed: dict[str, PackedTensor] = {}
     rows: list[LinearReport] = []
-    prefix = f"layers.{index}."
     measured = _measured(plan, carries)
     total = observe(work, carries, 0) if measured[0] else None
     for number, (stage, decision) in enumerate(zip(work.stages(), plan, strict=True)):
-        bar.describe(f"layers.{index} {' '.join(name.rpartition('.')[2] for name in stage.names)}")
+        bar.describe(f"{prefix}{' '.join(name.rpartition('.')[2] for name in stage.names)}")
         if decision.kept_float is not None:
             rows += [
                 _kept_row(prefix + name, linear, decision.kept_float)
                 for name, linear in zip(stage.names, stage.linears, strict=True)
             ]
         else:
-            solved, stage_rows = _solve_stage(prefix, stage, total, run)
+            solved, stage_rows = _solve_stage(prefix, stage, total, decision.config, run)
             rows += stage_rows
             packed |= solved
         if not (last and number == len(plan) - 1):
@@ -191,13 +197,13 @@ def _check_finite(path: str, module: nnx.Module) -> None:
 
 
 def _solve_stage(
-    prefix: str, stage: Stage, total: HessianSum | None, run: _Run
+    prefix: str, stage: Stage, total: HessianSum | None, config: QuantizeConfig, run: _Run
 ) -> tuple[dict[str, PackedTensor], list[LinearReport]]:
     """Solves the linears of a stage, and puts their expanded kernels into the block that the stage is of."""
     started = time.monotonic()
-    prepared = None if total is None else prepare_stage(total, run.config)
+    prepared = None if total is None else prepare_stage(total, config)
     tokens = 0 if total is None else int(total.tokens)
-    solved, note = _solve_checked(prefix, stage, prepared, run)
+    solved, note = _solve_checked(prefix, stage, prepared, config, run)
     seconds = time.monotonic() - started
     width = sum(result.packed.shape[1] for result in solved.linears)
     packed, rows = {}, []
@@ -208,21 +214,23 @@ def _solve_stage(
     return packed, rows
 
 
-def _solve_checked(prefix: str, stage: Stage, prepared: Prepared | None, run: _Run) -> tuple[SolvedStage, str]:
+def _solve_checked(
+    prefix: str, stage: Stage, prepared: Prepared | None, config: QuantizeConfig, run: _Run
+) -> tuple[SolvedStage, str]:
     """A usable solution and what there is to say of it; a failed solve is an error, unless the caller allowed rounding."""
     kernels = tuple(jnp.asarray(linear.kernel.get_value()) for linear in stage.linears)
-    columns = run.columns[kernels[0].shape[0]]
+    columns = run.columns[kernels[0].shape[0], config]
 
-    def solve(config: QuantizeConfig) -> SolvedStage:
-        return solve_stage(kernels, prepared, config, columns=columns, dtype=run.dtype)
+    def solve(used: QuantizeConfig) -> SolvedStage:
+        return solve_stage(kernels, prepared, used, columns=columns, dtype=run.dtype)
 
-    solved = solve(run.config)
+    solved = solve(config)
     outcome = Outcome(int(solved.outcome))
     if not outcome.failed:
         return solved, "" if outcome in (Outcome.SOLVED, Outcome.ROUNDED) else outcome.message
     rescuable = outcome in (Outcome.ZERO_HESSIAN, Outcome.NOT_FACTORED)
-    if rescuable and run.config.allow_rtn_fallback:
-        return solve(dataclasses.replace(run.config, method="rtn")), outcome.message
+    if rescuable and config.allow_rtn_fallback:
+        return solve(dataclasses.replace(config, method="rtn")), outcome.message
     names = [prefix + name for name in stage.names]
     hint = " To round such linears and go on, pass allow_rtn_fallback=True (--allow-rtn-fallback)." if rescuable else ""
     raise NumericalError(f"{', '.join(names)}: {outcome.message}{hint}")
@@ -232,7 +240,7 @@ def _row(name: str, stage: SolvedStage, result: SolvedLinear, note: str, tokens:
     k, n = result.packed.shape
     outcome = Outcome(int(stage.outcome)).name
     if tokens == 0:
-        return LinearReport(name=name, k=k, n=n, outcome=outcome, note=note, seconds=seconds)
+        return LinearReport(name=name, k=k, n=n, outcome=outcome, bits=result.packed.bits, note=note, seconds=seconds)
     loss, rtn_loss = (float(np.asarray(part, np.float64).sum()) for part in (result.loss_n, result.rtn_loss_n))
     damping = float(stage.damping)
     if loss > rtn_loss:
@@ -242,6 +250,7 @@ def _row(name: str, stage: SolvedStage, result: SolvedLinear, note: str, tokens:
         k=k,
         n=n,
         outcome=outcome,
+        bits=result.packed.bits,
         note=note,
         loss=loss,
         rtn_loss=rtn_loss,
@@ -256,7 +265,7 @@ def _kept_row(name: str, linear: Any, reason: str) -> LinearReport:
     return LinearReport(name=name, k=k, n=n, outcome=KEPT_FLOAT, note=f"Stays float: {reason}.")
 
 
-def _pass_through(block: Block, plan: Sequence[StagePlan], carries: list[Carry], dtype: jnp.dtype) -> None:
+def _pass_through(block: Unit, plan: Sequence[StagePlan], carries: list[Carry], dtype: jnp.dtype) -> None:
     """Moves the batches through a finished block exactly as the run that made it did."""
     if not carries:
         return
@@ -272,7 +281,7 @@ def _pass_through(block: Block, plan: Sequence[StagePlan], carries: list[Carry],
         advance(work, carries, number, observe_next=measured[number + 1])
 
 
-def _with_kernels(block: Block, packed: Mapping[str, PackedTensor]) -> Block:
+def _with_kernels(block: Unit, packed: Mapping[str, PackedTensor]) -> Unit:
     """The block with some kernels replaced; every other leaf is shared with it."""
     copy = jax.tree.map(lambda leaf: leaf, block)
     for stage in copy.stages():
@@ -282,9 +291,11 @@ def _with_kernels(block: Block, packed: Mapping[str, PackedTensor]) -> Block:
     return copy
 
 
-def _assemble(params: Decoder, blocks: Sequence[Block], config: QuantizeConfig) -> Decoder:
-    """A decoder with these blocks and the other leaves of `params`."""
+def _assemble(params: Decoder, blocks: Sequence[Unit], config: QuantizeConfig) -> Decoder:
+    """A decoder with these blocks, and head, and the other leaves of `params`."""
     decoder = jax.tree.map(lambda leaf: leaf, params)
-    decoder.layers = nnx.List(blocks)
+    decoder.layers = nnx.List(blocks[: len(params.layers)])
+    for head in blocks[len(params.layers) :]:
+        decoder.lm_head = head.lm_head if isinstance(head, Head) else decoder.lm_head
     decoder.quantization = config
     return decoder
