@@ -65,6 +65,11 @@ def quantize(
     ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Size of one file at most.")] = "5GB",
     allow_rtn_fallback: Annotated[bool, typer.Option(help="Round a linear that cannot be solved, instead of stopping.")] = False,
+    rules: Annotated[
+        Path | None,
+        typer.Option(help='JSON file of rules, the first match wins: {"-:regex": {}} skips, {"+:regex": {"bits": 8}} overrides.'),
+    ] = None,
+    lm_head: Annotated[bool, typer.Option("--lm-head", help="Quantize the output projection as well.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace OUT, or the rest of another run, if it exists.")] = False,
 ) -> None:
     """Quantize a checkpoint to a GPTQ folder.
@@ -79,6 +84,7 @@ def quantize(
     from converters.shards import refuse_existing
     from jgptq.quantize import make_config
     from jgptq.report import linear_table
+    from jgptq.rules import rules_from_file
 
     config = make_config(
         {
@@ -89,6 +95,8 @@ def quantize(
             "order": order,
             "damping": damping,
             "allow_rtn_fallback": allow_rtn_fallback,
+            "rules": () if rules is None else rules_from_file(rules),
+            "lm_head": lm_head,
         }
     )
     checked = check_format(file_format, config)

@@ -131,8 +131,8 @@ def _plan_stage(stage: Stage, prefix: str, config: QuantizeConfig) -> StagePlan:
     for name, linear in zip(stage.names, stage.linears, strict=True):
         if reason := packable(*linear.kernel.get_value().shape):
             reasons[name] = reason
-    kept = "; ".join(f"{name}: {reason}" for name, reason in reasons.items()) or None
-    return StagePlan(stage.names, kept, agreed)
+    kept = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    return StagePlan(stage.names, kept or None, agreed)
 
 
 def _described(config: QuantizeConfig, name: str) -> str:
