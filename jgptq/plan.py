@@ -122,8 +122,8 @@ def _plan_stage(stage: Stage, prefix: str, config: QuantizeConfig) -> StagePlan:
     agreed, *others = set(settings.values())
     if others:
         each = "; ".join(f"{name}: {_described(config, name)}" for name in full)
-        reason = "they read the same activations, so one solve serves them all, and readers fuse them into one matrix"
-        raise ConfigError(f"the rules give {', '.join(stage.names)} different settings, and {reason}; give them the same: {each}")
+        why = "they read the same activations, so one solve serves them all, and readers fuse them into one matrix"
+        raise ConfigError(f"the rules give {', '.join(stage.names)} different settings, and {why}; give them the same: {each}")
     if agreed is None:
         rule = first_match(config.rules, full[0])
         return StagePlan(stage.names, f"skipped by rule {rule.pattern if rule else ''!r}", config.with_rule(None))
