@@ -161,7 +161,8 @@ def reader_warnings(config: QuantizeConfig, file_format: str) -> list[str]:
     found = [sentence for settings in _used_settings(config) for sentence in _refusals(settings)]
     if config.rules or config.lm_head:
         found.append(
-            "transformers reads no rules and no quantized lm_head (as of optimum 2.3, its loader); GPTQModel and vLLM do"
+            "transformers reads no rules and no quantized lm_head (5.23 with optimum 2.3), and may load other weights without an "
+            "error; GPTQModel and vLLM read both"
         )
     return list(dict.fromkeys(found))
 
