@@ -11,10 +11,11 @@ from flax import nnx
 
 from converters.checkpoint import Checkpoint, open_checkpoint, read_json, resolve_folder
 from converters.encode import constant_words
-from converters.names import IGNORED, LEAVES, block_leaves, hf_module, leaves
-from jgptq.config import BITS, QuantizeConfig, group_rows
+from converters.names import IGNORED, LEAVES, hf_module, leaves, unit_leaves
+from converters.quantization import declared_group_sizes, read_settings
+from jgptq.config import BITS, group_rows
 from jgptq.errors import ArchitectureError, CheckpointError
-from jgptq.models import Block, Decoder, ModelConfig, Origin, config_from_hf
+from jgptq.models import Block, Decoder, Head, Linear, ModelConfig, Origin, RMSNorm, Unit, config_from_hf
 from jgptq.packed import PackedTensor, validate
 from pallas_kernels.layout import pack_codes, unpack_codes
 
@@ -56,7 +57,7 @@ def load_hf(source: str | Path, dtype: str = "auto") -> Decoder:
             f"{folder}: {len(unexpected)} tensors that a {config.model_type} does not have: {listed}; check config.json"
         )
     decoder.origin = Origin(folder=str(folder), hf_config=json.dumps(hf))
-    decoder.quantization = None if quantization is None else _quantize_config(quantization)
+    decoder.quantization = None if quantization is None else read_settings(quantization)
     return decoder
 
 
@@ -67,18 +68,24 @@ def _leftover(name: str, checkpoint: Checkpoint) -> bool:
     return added or name.endswith(IGNORED)
 
 
-def load_block(index: int, config: ModelConfig, checkpoint: Checkpoint, quantization: dict[str, Any]) -> Block:
-    """One block of a checkpoint that may not be whole yet.
+def load_unit(index: int, config: ModelConfig, checkpoint: Checkpoint, quantization: dict[str, Any], norm: RMSNorm) -> Unit:
+    """One block of a checkpoint that may not be whole yet, or the head that follows the last one.
 
     Args:
-      index: which block.
+      index: which block; the number of blocks for the head.
       config: the decoder's switches.
       checkpoint: the tensors.
       quantization: the `quantization_config` that the tensors were written under.
+      norm: the norm that the head reads through, which is not in the checkpoint yet.
     """
-    block = nnx.eval_shape(lambda: Block(config, config.layer_windows[index], rngs=nnx.Rngs(0)))
-    _fill(block_leaves(index, block), checkpoint, config, quantization)
-    return block
+    if index < config.num_hidden_layers:
+        block = nnx.eval_shape(lambda: Block(config, config.layer_windows[index], rngs=nnx.Rngs(0)))
+        _fill(unit_leaves(index, block), checkpoint, config, quantization)
+        return block
+    linear = nnx.eval_shape(lambda: Linear(config.hidden_size, config.vocab_size, rngs=nnx.Rngs(0)))
+    head = Head(norm, linear)
+    _fill(unit_leaves(index, head), checkpoint, config, quantization)
+    return head
 
 
 def _fill(
@@ -90,13 +97,15 @@ def _fill(
     """Sets the leaves of abstract modules from a checkpoint; returns the names that were used, raises all problems at once."""
     used: set[str] = set()
     problems: list[str] = []
+    declared = None if quantization is None else declared_group_sizes(quantization)
     for path, module, attribute in targets:
         param = getattr(module, attribute)
         shape = tuple(param.get_value().shape)
         name = hf_module(path, config.model_type)
         read: Leaf | None
-        if quantization is not None and attribute == "kernel" and f"{name}.qweight" in checkpoint.entries:
-            read = _packed(name, shape, checkpoint, quantization, used, problems)
+        packed = attribute == "kernel" and f"{name}.qweight" in checkpoint.entries
+        if packed and quantization is not None and declared is not None:
+            read = _packed(name, shape, checkpoint, declared(name), quantization["checkpoint_format"], used, problems)
         else:
             read = _float(f"{name}.{LEAVES[attribute].suffix}", attribute, shape, checkpoint, used, problems)
         if read is not None:
@@ -131,12 +140,13 @@ def _packed(
     name: str,
     shape: tuple[int, ...],
     checkpoint: Checkpoint,
-    quantization: dict[str, Any],
+    declared: int,
+    file_format: str,
     used: set[str],
     problems: list[str],
 ) -> PackedTensor | None:
-    """A packed kernel, or None with its problem noted. Bits and group follow from the shapes, as modules may override the
-    config."""
+    """A packed kernel, or None with its problem noted. Bits and group follow from the shapes, whatever the config says; the group
+    size that it declares, where that fits them too."""
     k, n = shape
     parts = {
         part: f"{name}.{part}" for part in ("qweight", "scales", "qzeros", "g_idx") if f"{name}.{part}" in checkpoint.entries
@@ -156,13 +166,12 @@ def _packed(
         shapes = ", ".join(f"{part} {list(arrays[part].shape)}" for part in ("qweight", "scales", "qzeros"))
         problems.append(f"  {name}: {shapes} fit no width of {BITS} for K={k}, N={n}")
         return None
-    declared = quantization["group_size"]
     group_size = declared if groups == -(-k // group_rows(k, declared)) else (-1 if groups == 1 else k // groups)
     order = _order(arrays.get("g_idx"), k, group_rows(k, group_size))
     if order is not None and (order.min() < 0 or order.max() >= groups):
         problems.append(f"  {name}.g_idx holds groups {order.min()} to {order.max()}, there are {groups}")
         return None
-    zeros = _zeros(arrays["qzeros"], bits, quantization["checkpoint_format"])
+    zeros = _zeros(arrays["qzeros"], bits, file_format)
     packed = PackedTensor(
         qweight=arrays["qweight"],
         scales=arrays["scales"],
@@ -218,16 +227,3 @@ def _check_method(quantization: dict[str, Any]) -> dict[str, Any]:
     ):
         raise CheckpointError("config.json: quantization_config needs bits and group_size as integers; fetch the file again")
     return quantization | {"checkpoint_format": version}
-
-
-def _quantize_config(quantization: dict[str, Any]) -> QuantizeConfig:
-    """The settings that a GPTQ folder was written under, as far as it records them."""
-    meta = quantization.get("meta") or {}
-    return QuantizeConfig(
-        bits=quantization["bits"],
-        group_size=quantization["group_size"],
-        sym=quantization.get("sym", True),
-        order="group" if meta.get("order") == "group" else "none",
-        method="rtn" if meta.get("method") == "rtn" else "gptq",
-        damping=meta.get("damp_percent") or QuantizeConfig.damping,
-    )

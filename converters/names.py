@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from flax import nnx
 
 from jgptq.errors import ArchitectureError
-from jgptq.models import Decoder
+from jgptq.models import Decoder, Head, Unit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,9 +56,9 @@ def leaves(decoder: Decoder) -> Iterator[tuple[str, nnx.Module, str]]:
         yield from _walk("lm_head", decoder.lm_head)
 
 
-def block_leaves(index: int, block: nnx.Module) -> Iterator[tuple[str, nnx.Module, str]]:
-    """The leaves of one block, with the paths that they have in the decoder."""
-    return _walk(f"layers.{index}", block)
+def unit_leaves(index: int, unit: Unit) -> Iterator[tuple[str, nnx.Module, str]]:
+    """The leaves of one block, or of the head's projection, with the paths that they have in the decoder."""
+    return _walk("lm_head", unit.lm_head) if isinstance(unit, Head) else _walk(f"layers.{index}", unit)
 
 
 def _walk(path: str, module: nnx.Module) -> Iterator[tuple[str, nnx.Module, str]]:

@@ -1,11 +1,12 @@
 """The `quantization_config` of GPTQ folders, and who can read what."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, cast, get_args
 
 from jgptq.config import QuantizeConfig
-from jgptq.errors import ConfigError
+from jgptq.errors import CheckpointError, ConfigError
+from jgptq.rules import STORED, first_match, rules_from_dynamic, rules_to_dynamic, stored_rules
 
 Format = Literal["gptq", "gptq_v2", "float"]
 VERSION = "0.1.0"
@@ -23,6 +24,8 @@ _FUSED = {
 }
 """What readers that fuse linears call them: a rule that skips one must match the fused name as well."""
 
+HEAD = "lm_head"
+
 
 def check_format(file_format: str, config: QuantizeConfig) -> Format:
     """Returns the format of that name, unless it cannot hold the run's grid.
@@ -32,19 +35,24 @@ def check_format(file_format: str, config: QuantizeConfig) -> Format:
     """
     if file_format not in get_args(Format):
         raise ConfigError(f"format must be one of {', '.join(get_args(Format))}, found {file_format!r}")
-    if file_format == "gptq" and not config.sym:
+    if file_format == "gptq" and not all(settings.sym for settings in _used_settings(config)):
         message = "format 'gptq' (v1) stores zero - 1, so it cannot hold the zero points of asymmetric grids"
         raise ConfigError(f"{message}; use 'gptq_v2' (--format gptq_v2)")
     return cast(Format, file_format)
 
 
-def quantization_config(config: QuantizeConfig, file_format: str, kept_float: Iterable[str], blocks: int) -> dict[str, Any]:
+def quantization_config(
+    config: QuantizeConfig, file_format: str, linears: Mapping[str, QuantizeConfig | None], blocks: int
+) -> dict[str, Any]:
     """The `quantization_config` object, as GPTQModel, transformers and vLLM read it.
+
+    `dynamic` says what each linear is, in rules of which one at most matches any name: GPTQModel puts rules that skip before all
+    others, vLLM asks for the names of fused linears, and neither may change the meaning. The run's own rules stand in `meta`.
 
     Args:
       config: the run's settings.
       file_format: "gptq" or "gptq_v2".
-      kept_float: paths in the decoder (`layers.0.mlp.up_proj`) of linears that are not packed.
+      linears: the settings of each linear by its path in the decoder (`layers.0.mlp.up_proj`, `lm_head`), None where it is float.
       blocks: how many blocks the decoder has.
     """
     result: dict[str, Any] = {
@@ -54,7 +62,7 @@ def quantization_config(config: QuantizeConfig, file_format: str, kept_float: It
         "group_size": config.group_size,
         "desc_act": False,
         "sym": config.sym,
-        "lm_head": False,
+        "lm_head": linears.get(HEAD) is not None,
         "checkpoint_format": file_format,
         "format": file_format,
         "pack_dtype": "int32",
@@ -65,31 +73,102 @@ def quantization_config(config: QuantizeConfig, file_format: str, kept_float: It
             "order": config.order,
             "static_groups": False,
             "true_sequential": True,
+            "rules": rules_to_dynamic(config.rules),
         },
     }
-    if rules := skip_rules(kept_float, blocks):
-        result["dynamic"] = rules
+    if dynamic := dynamic_rules(config, linears, blocks):
+        result["dynamic"] = dynamic
     return result
 
 
-def skip_rules(kept_float: Iterable[str], blocks: int) -> dict[str, dict[str, Any]]:
-    """Rules `-:regex` that make readers leave these linears float: one for each kind of linear."""
-    where: dict[str, set[int]] = {}
-    for path in kept_float:
-        _, index, kind = path.split(".", 2)
-        where.setdefault(kind, set()).add(int(index))
+def dynamic_rules(config: QuantizeConfig, linears: Mapping[str, QuantizeConfig | None], blocks: int) -> dict[str, dict[str, Any]]:
+    """Rules that tell readers which linears are float, and which have other settings than the config's: one for each kind and
+    settings. No name is matched by two of them, as long as fused linears agree."""
+    base = _stored_settings(config)
+    where: dict[tuple[str, tuple[tuple[str, Any], ...] | None], list[int]] = {}
     rules: dict[str, dict[str, Any]] = {}
-    for kind, indices in where.items():
+    for path, settings in linears.items():
+        changes = None if settings is None else tuple(sorted(_stored_settings(settings).items() - base.items()))
+        if changes == () or (path == HEAD and changes is None):  # a head is float unless it is declared
+            continue
+        if path == HEAD:
+            rules["+:^lm_head$"] = dict(changes or ())
+        else:
+            _, index, kind = path.split(".", 2)
+            where.setdefault((kind, changes), []).append(int(index))
+    for (kind, changes), indices in where.items():
         names = "|".join(re.escape(name) for name in dict.fromkeys((kind, _FUSED.get(kind, kind))))
         which = r"\d+" if len(indices) == blocks else f"(?:{'|'.join(map(str, sorted(indices)))})"
-        rules[rf"-:^model\.layers\.{which}\.(?:{names})$"] = {}
+        rules[rf"{'-' if changes is None else '+'}:^model\.layers\.{which}\.(?:{names})$"] = dict(changes or ())
     return rules
+
+
+def read_settings(quantization: Mapping[str, Any]) -> QuantizeConfig:
+    """The settings that a GPTQ folder was written under, as far as its `quantization_config` records them.
+
+    Raises:
+      CheckpointError: rules that cannot be read.
+    """
+    meta = quantization.get("meta") or {}
+    own = meta.get("rules")
+    try:
+        return QuantizeConfig(
+            bits=quantization["bits"],
+            group_size=quantization["group_size"],
+            sym=quantization.get("sym", True),
+            order="group" if meta.get("order") == "group" else "none",
+            method="rtn" if meta.get("method") == "rtn" else "gptq",
+            damping=meta.get("damp_percent") or QuantizeConfig.damping,
+            rules=stored_rules(quantization.get("dynamic")) if own is None else rules_from_dynamic(own),
+            lm_head=bool(quantization.get("lm_head", False)),
+        )
+    except ConfigError as error:
+        raise CheckpointError(f"config.json: quantization_config cannot be read: {error}") from None
+
+
+def declared_group_sizes(quantization: Mapping[str, Any]) -> Callable[[str], int]:
+    """The group size that a checked `quantization_config` declares, as a function of the linear's name in the file.
+
+    Raises:
+      CheckpointError: rules that cannot be read.
+    """
+    try:
+        rules = stored_rules(quantization.get("dynamic"))
+    except ConfigError as error:
+        raise CheckpointError(f"config.json: quantization_config cannot be read: {error}") from None
+
+    def declared(name: str) -> int:
+        rule = first_match(rules, name)
+        return quantization["group_size"] if rule is None or rule.group_size is None else rule.group_size
+
+    return declared
+
+
+def _stored_settings(config: QuantizeConfig) -> dict[str, Any]:
+    """The settings that readers must know of."""
+    return {name: getattr(config, name) for name in STORED}
+
+
+def _used_settings(config: QuantizeConfig) -> list[QuantizeConfig]:
+    """The settings that linears of a run may have: its own, then those of its rules."""
+    return [config.with_rule(None), *(config.with_rule(rule) for rule in config.rules if not rule.skip)]
 
 
 def reader_warnings(config: QuantizeConfig, file_format: str) -> list[str]:
     """Sentences on who will refuse the files; empty where vLLM, GPTQModel and transformers all load them."""
     if file_format == "float":
         return []
+    found = [sentence for settings in _used_settings(config) for sentence in _refusals(settings)]
+    if config.rules or config.lm_head:
+        found.append(
+            "transformers reads no rules and no quantized lm_head (5.23 with optimum 2.3), and may load other weights without an "
+            "error; GPTQModel and vLLM read both"
+        )
+    return list(dict.fromkeys(found))
+
+
+def _refusals(config: QuantizeConfig) -> list[str]:
+    """Sentences on who refuses linears of these settings."""
     found = []
     if not config.sym:
         found.append("vLLM refuses asymmetric GPTQ files; GPTQModel loads them (as v2)")

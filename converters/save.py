@@ -1,11 +1,12 @@
 """Decoder -> folder: GPTQ v1 and v2, or float."""
 
+import dataclasses
 import errno
 import functools
 import json
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from jgptq.config import QuantizeConfig
 from jgptq.errors import ConfigError, OutputError
 from jgptq.models import Decoder, config_to_hf
 from jgptq.packed import PackedTensor
+from jgptq.plan import full_name
+from jgptq.rules import resolve
 
 COPIED = (
     "tokenizer.json",
@@ -65,8 +68,6 @@ def save_hf(
         raise ConfigError("the decoder holds no packed kernels; quantize it first, or write it with format='float'")
     if params.quantization is not None:
         check_format(format, params.quantization)
-        if format != "float":
-            _check_uniform(params, params.quantization)
         for warning in reader_warnings(params.quantization, format):
             warnings.warn(warning, UserWarning, stacklevel=2)
     writer = ShardWriter(out, _specs(params, format), max_shard_size=max_shard_size)
@@ -92,12 +93,10 @@ def write_settings(writer: ShardWriter, params: Decoder, file_format: str) -> No
     origin = params.origin
     hf = config_to_hf(params.config, stored) if origin is None else json.loads(origin.hf_config)
     if file_format != "float" and params.quantization is not None:
-        kernels = dict(_block_kernels(params))
-        kept = [path for path, kernel in kernels.items() if not isinstance(kernel, PackedTensor)]
-        quantization = quantization_config(params.quantization, file_format, kept, len(params.layers))
-        packed_head = params.lm_head is not None and isinstance(params.lm_head.kernel.get_value(), PackedTensor)
+        kernels = dict(_kernels(params))
+        quantization = quantization_config(params.quantization, file_format, _settings(params, kernels), len(params.layers))
         shuffled = any(isinstance(kernel, PackedTensor) and kernel.order is not None for kernel in kernels.values())
-        quantization |= {"lm_head": packed_head, "desc_act": shuffled}
+        quantization["desc_act"] = shuffled
         if shuffled:
             warnings.warn("vLLM refuses desc_act with groups; GPTQModel loads it", UserWarning, stacklevel=3)
         hf["quantization_config"] = quantization
@@ -108,21 +107,27 @@ def write_settings(writer: ShardWriter, params: Decoder, file_format: str) -> No
             writer.guard(name, functools.partial(shutil.copyfile, Path(origin.folder) / name, writer.folder / name))
 
 
-def _block_kernels(params: Decoder) -> Iterator[tuple[str, Any]]:
-    """Paths of the linears of all blocks, with their kernels."""
+def _kernels(params: Decoder) -> Iterator[tuple[str, Any]]:
+    """Paths of the linears of all blocks, and of the head, with their kernels."""
     for index, block in enumerate(params.layers):
         for stage in block.stages():
             for name, linear in zip(stage.names, stage.linears, strict=True):
                 yield f"layers.{index}.{name}", linear.kernel.get_value()
+    if params.lm_head is not None:
+        yield "lm_head", params.lm_head.kernel.get_value()
 
 
-def _check_uniform(params: Decoder, config: QuantizeConfig) -> None:
-    """One file has one width and group size for all: refuses what was loaded from a file with rules of its own."""
-    for path, kernel in _block_kernels(params):
-        if isinstance(kernel, PackedTensor) and (kernel.bits, kernel.group_size) != (config.bits, config.group_size):
-            found = f"{kernel.bits} bits in groups of {kernel.group_size}"
-            expected = f"{config.bits} bits in groups of {config.group_size}"
-            raise ConfigError(f"{path} has {found}, the others {expected}; such mixtures can be written as format='float' only")
+def _settings(params: Decoder, kernels: Mapping[str, Any]) -> dict[str, QuantizeConfig | None]:
+    """What each linear is by its path, told from its kernel; None for float. A grid is symmetric if the run's was: an asymmetric
+    one may look so by chance."""
+    found: dict[str, QuantizeConfig | None] = {}
+    for path, kernel in kernels.items():
+        found[path] = None
+        if isinstance(kernel, PackedTensor) and params.quantization is not None:
+            asked = resolve(params.quantization, full_name(path)) or params.quantization.with_rule(None)
+            sym = asked.sym and kernel.zeros is None
+            found[path] = dataclasses.replace(asked, bits=kernel.bits, group_size=kernel.group_size, sym=sym)
+    return found
 
 
 def _specs(params: Decoder, file_format: str) -> list[TensorSpec]:

@@ -12,15 +12,15 @@ import numpy as np
 
 from converters.checkpoint import Checkpoint, TensorEntry, read_header
 from converters.encode import float_specs, packed_specs
-from converters.load import load_block
-from converters.names import block_leaves, hf_module, leaves
-from converters.quantization import Format, check_format, quantization_config, reader_warnings
+from converters.load import load_unit
+from converters.names import hf_module, leaves, unit_leaves
+from converters.quantization import HEAD, Format, check_format, quantization_config, reader_warnings
 from converters.save import encode_leaf, write_settings
 from converters.shards import JOURNAL, ShardWriter, TensorSpec, parse_size, partial_folder, refuse_existing
 from jgptq.config import QuantizeConfig
 from jgptq.errors import ConfigError, OutputError
-from jgptq.models import Block, Decoder
-from jgptq.plan import plan_decoder
+from jgptq.models import Decoder, Unit
+from jgptq.plan import settings_by_path
 from jgptq.summary import LinearReport, Report, row_to_dict
 
 REPORT = "quantize_report.json"
@@ -84,22 +84,23 @@ class FolderSink:
                 self._append({"run": self._run})
         return self._opened
 
-    def done(self) -> Mapping[int, tuple[Block, tuple[LinearReport, ...]]]:
+    def done(self) -> Mapping[int, tuple[Unit, tuple[LinearReport, ...]]]:
         """The blocks that are already written, as views of the mapped shards, with their report rows."""
         entries: dict[str, TensorEntry] = {}
         for file in self._writer.files:
             entries |= read_header(self._writer.folder / file)
         checkpoint = Checkpoint(self._writer.folder, entries)
-        names = quantization_config(self._config, self._format, (), len(self._params.layers))
+        planned = settings_by_path(self._params, self._config)
+        written = quantization_config(self._config, self._format, planned, len(self._params.layers))
         finished = {}
         for line in map(json.loads, self._journal.read_text(encoding="utf-8").splitlines()[1:]):
-            block = load_block(line["block"], self._params.config, checkpoint, names)
+            block = load_unit(line["block"], self._params.config, checkpoint, written, self._params.norm)
             finished[line["block"]] = (block, tuple(LinearReport(**row) for row in line["rows"]))
         return finished
 
-    def write(self, index: int, block: Block, rows: tuple[LinearReport, ...]) -> None:
+    def write(self, index: int, block: Unit, rows: tuple[LinearReport, ...]) -> None:
         """Writes a finished block and notes it in the journal once it is on the disk."""
-        for path, module, attribute in block_leaves(index, block):
+        for path, module, attribute in unit_leaves(index, block):
             leaf = getattr(module, attribute).get_value()
             for name, array in encode_leaf(self._params, path, attribute, leaf, self._format).items():
                 self._writer.write(name, array)
@@ -123,7 +124,7 @@ class FolderSink:
         if qparams.quantization != self._config:
             raise ConfigError("the decoder was quantized with other settings than the sink's; give both the same config")
         for path, module, attribute in leaves(qparams):
-            if not path.startswith("layers."):
+            if not path.startswith("layers.") and not (path == HEAD and self._config.lm_head):
                 leaf = getattr(module, attribute).get_value()
                 for name, array in encode_leaf(qparams, path, attribute, leaf, self._format).items():
                     self._writer.write(name, array)
@@ -135,20 +136,14 @@ class FolderSink:
         return folder
 
     def _specs(self) -> list[TensorSpec]:
-        plans = plan_decoder(self._params, self._config)
-        packed = {
-            f"layers.{index}.{name}"
-            for index, plan in enumerate(plans)
-            for stage in plan
-            if stage.kept_float is None
-            for name in stage.names
-        }
+        planned = settings_by_path(self._params, self._config)
         specs = []
         for path, module, attribute in leaves(self._params):
             leaf = getattr(module, attribute).get_value()
             name = hf_module(path, self._params.config.model_type)
-            if attribute == "kernel" and path in packed:
-                specs += packed_specs(name, leaf.shape, self._config.bits, self._config.group_size)
+            settings = planned.get(path)
+            if attribute == "kernel" and settings is not None:
+                specs += packed_specs(name, leaf.shape, settings.bits, settings.group_size)
             else:
                 specs += float_specs(name, attribute, leaf.shape, leaf.dtype)
         return specs

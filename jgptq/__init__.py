@@ -1,10 +1,10 @@
 """GPTQ quantization of large language models in JAX."""
 
 from jgptq.calibration import calibration_tokens, evaluation_tokens
-from jgptq.config import QuantizeConfig
+from jgptq.config import QuantizeConfig, Rule
 from jgptq.errors import JgptqError
 from jgptq.perplexity import perplexity
 from jgptq.quantize import quantize
 from jgptq.summary import Report
 
-__all__ = ["JgptqError", "QuantizeConfig", "Report", "calibration_tokens", "evaluation_tokens", "perplexity", "quantize"]
+__all__ = ["JgptqError", "QuantizeConfig", "Report", "Rule", "calibration_tokens", "evaluation_tokens", "perplexity", "quantize"]

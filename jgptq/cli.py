@@ -49,12 +49,29 @@ def quantize(
             help="Calibration text: a preset (wikitext, c4, code, medical, finance), owner/name, or .txt .jsonl .parquet .npy."
         ),
     ] = None,
+    preset: Annotated[
+        str,
+        typer.Option(help="fast, balanced or best: more time for less loss, at no cost when served. Options below win over it."),
+    ] = "balanced",
     bits: Annotated[int, typer.Option(help="Bits of a weight: 2, 3, 4 or 8.")] = 4,
     group_size: Annotated[int, typer.Option(help="Rows that share a scale: a multiple of 32, or -1 for all.")] = 128,
     sym: Annotated[bool, typer.Option("--sym/--asym", help="Symmetric grid, which every reader serves, or asymmetric.")] = True,
-    method: Annotated[str, typer.Option(help="gptq, or rtn: round-to-nearest.")] = "gptq",
-    order: Annotated[str, typer.Option(help="Order of rows: group (most important first, free when served) or none.")] = "group",
-    damping: Annotated[float, typer.Option(help="Added to the Hessian's diagonal, as a fraction of its mean.")] = 0.01,
+    method: Annotated[str | None, typer.Option(help="gptq, gptaq, qronos, or rtn: round-to-nearest.")] = None,
+    order: Annotated[
+        str | None, typer.Option(help="Order of rows: group, static or none (free when served), or desc_act (needs g_idx).")
+    ] = None,
+    scale: Annotated[str | None, typer.Option(help="Search of scales: hessian, mse or minmax.")] = None,
+    target_shift: Annotated[
+        float | None, typer.Option(help="Fraction of what earlier layers lost that is made up for, 0 to 1.")
+    ] = None,
+    residual_shift: Annotated[
+        float | None, typer.Option(help="The same for the residual stream that a linear adds to, 0 to 1.")
+    ] = None,
+    refine: Annotated[int | None, typer.Option(help="Rounds of coordinate descent over codes and scales.")] = None,
+    refit: Annotated[bool | None, typer.Option("--refit/--no-refit", help="Re-fit scales once for the codes found.")] = None,
+    tune: Annotated[int | None, typer.Option(help="Steps of gradient descent on scales and norms at the end.")] = None,
+    damping: Annotated[float | None, typer.Option(help="Added to the Hessian's diagonal, as a fraction of its mean.")] = None,
+    float64: Annotated[bool | None, typer.Option("--float64/--float32", help="Precision of the solver.")] = None,
     samples: Annotated[int, typer.Option(help="Calibration samples.")] = 512,
     seq_len: SeqLen = 2048,
     file_format: Annotated[str, typer.Option("--format", help="gptq (v1, symmetric) or gptq_v2.")] = "gptq",
@@ -65,6 +82,11 @@ def quantize(
     ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Size of one file at most.")] = "5GB",
     allow_rtn_fallback: Annotated[bool, typer.Option(help="Round a linear that cannot be solved, instead of stopping.")] = False,
+    rules: Annotated[
+        Path | None,
+        typer.Option(help='JSON file of rules, the first match wins: {"-:regex": {}} skips, {"+:regex": {"bits": 8}} overrides.'),
+    ] = None,
+    lm_head: Annotated[bool, typer.Option("--lm-head", help="Quantize the output projection as well.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace OUT, or the rest of another run, if it exists.")] = False,
 ) -> None:
     """Quantize a checkpoint to a GPTQ folder.
@@ -77,20 +99,25 @@ def quantize(
     from converters import FolderSink, load_hf
     from converters.quantization import check_format
     from converters.shards import refuse_existing
-    from jgptq.config import make_config
+    from jgptq.presets import make_config
     from jgptq.report import linear_table
+    from jgptq.rules import rules_from_file
 
-    config = make_config(
-        {
-            "bits": bits,
-            "group_size": group_size,
-            "sym": sym,
-            "method": method,
-            "order": order,
-            "damping": damping,
-            "allow_rtn_fallback": allow_rtn_fallback,
-        }
-    )
+    options = {
+        "method": method,
+        "order": order,
+        "scale": scale,
+        "target_shift": target_shift,
+        "residual_shift": residual_shift,
+        "refine": refine,
+        "refit": refit,
+        "tune": tune,
+        "damping": damping,
+        "float64": float64,
+    }
+    settings: dict[str, Any] = {"bits": bits, "group_size": group_size, "sym": sym, "allow_rtn_fallback": allow_rtn_fallback}
+    settings |= {"rules": () if rules is None else rules_from_file(rules), "lm_head": lm_head}
+    config = make_config({"preset": preset} | settings | {name: value for name, value in options.items() if value is not None})
     checked = check_format(file_format, config)
     refuse_existing(out, overwrite)
     params = load_hf(model, dtype)
@@ -109,6 +136,11 @@ def quantize(
     folder = sink.finish(qparams, report)
     _print(linear_table(report))
     typer.echo(f"wrote {folder}: {len(report.rows) - len(report.kept_float)} linears packed, {report.seconds:.1f} s")
+    if report.tuning is not None:
+        verdict = "" if report.tuning.kept else "; it did not fall, so nothing was changed"
+        typer.echo(
+            f"tuning: divergence from the float model {report.tuning.before:.4f} to {report.tuning.after:.4f} nats{verdict}"
+        )
     if report.kept_float:
         typer.echo(f"{len(report.kept_float)} linears stay float, see the table and {folder / 'quantize_report.json'}")
 

@@ -1,6 +1,7 @@
 """Settings of a quantization run: one frozen dataclass, checked when it is made."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Literal, get_args
@@ -10,11 +11,56 @@ from jgptq.errors import ConfigError
 Method = Literal["gptq", "rtn", "gptaq", "qronos"]
 Order = Literal["none", "group", "static", "desc_act"]
 Scale = Literal["minmax", "mse", "hessian"]
-Preset = Literal["fast", "balanced", "best"]
 
 BITS = (2, 3, 4, 8)
 ROW_MULTIPLE = 32
 """K and N of a packed linear, and every group size, are multiples of this: 32 codes fill whole int32 words at any bit width."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rule:
+    """Settings of the linears whose full name a regex matches from its start; see `jgptq.rules`.
+
+    Raises:
+      ConfigError: the pattern is no regex, a value has the wrong type, or the rule skips and sets something as well.
+    """
+
+    pattern: str  # tried with `re.match` on names such as model.layers.0.mlp.down_proj
+    skip: bool = False  # the linears stay float
+    bits: int | None = None  # this field and those below it: as in `QuantizeConfig`; None leaves the run's value
+    group_size: int | None = None
+    sym: bool | None = None
+    order: str | None = None
+    method: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.pattern, str) or self.pattern.startswith(("+:", "-:")):
+            advice = "the prefixes +: and -: belong to the dynamic form; here, say skip=True or skip=False"
+            raise ConfigError(f"the pattern of a rule must be a regex, found {self.pattern!r}; {advice}")
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise ConfigError(f"the pattern of a rule must be a regex, found {self.pattern!r}: {error}") from None
+        types = {"skip": bool, "bits": int, "group_size": int, "sym": bool, "order": str, "method": str}
+        values = {name: value for name in types if (value := getattr(self, name)) is not None}
+        wrong = [
+            f"{name} must be {types[name].__name__}, found {value!r}"
+            for name, value in values.items()
+            if type(value) is not types[name]
+        ]
+        if self.skip is True and self.overrides:
+            wrong.append(f"it skips, so it cannot set {', '.join(self.overrides)}")
+        if wrong:
+            raise ConfigError(f"rule {self.pattern!r}: {'; '.join(wrong)}")
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """The settings that this rule changes."""
+        return {name: value for name in OVERRIDES if (value := getattr(self, name)) is not None}
+
+
+OVERRIDES = ("bits", "group_size", "sym", "order", "method")
+"""What a rule can set."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,6 +86,8 @@ class QuantizeConfig:
     damping: float = 0.01  # added to the Hessian's diagonal, as a fraction of its mean
     float64: bool = False  # factor and solve in double precision
     allow_rtn_fallback: bool = False  # a linear that cannot be solved is rounded to nearest and reported, not an error
+    rules: tuple[Rule, ...] = ()  # settings of single linears: the first rule that matches a name holds for it
+    lm_head: bool = False  # the output projection is quantized as well
 
     def __post_init__(self) -> None:
         problems = [
@@ -59,8 +107,31 @@ class QuantizeConfig:
         problems += [
             f"{name} must not be negative, found {getattr(self, name)}" for name in ("refine", "tune") if getattr(self, name) < 0
         ]
+        if not isinstance(self.lm_head, bool):
+            problems.append(f"lm_head must be true or false, found {self.lm_head!r}")
+        problems += self._rule_problems()
         if problems:
             raise ConfigError("; ".join(problems))
+
+    def with_rule(self, rule: Rule | None) -> "QuantizeConfig":
+        """The settings of linears that a rule holds for; they have no rules of their own."""
+        return dataclasses.replace(self, rules=(), lm_head=False, **({} if rule is None else rule.overrides))
+
+    def _rule_problems(self) -> list[str]:
+        if not isinstance(self.rules, tuple) or not all(isinstance(rule, Rule) for rule in self.rules):
+            return [f"rules must be a tuple of Rule, found {self.rules!r}; jgptq.rules.rules_from_dynamic makes one of a dict"]
+        problems = []
+        patterns = [rule.pattern for rule in self.rules]
+        if twice := {pattern for pattern in patterns if patterns.count(pattern) > 1}:
+            problems.append(
+                f"rules: the first match wins, so only one can have the pattern {', '.join(map(repr, sorted(twice)))}"
+            )
+        for rule in self.rules:
+            try:
+                self.with_rule(rule)
+            except ConfigError as error:
+                problems.append(f"rule {rule.pattern!r}: {error}")
+        return problems
 
     @property
     def grid_search(self) -> Scale:
@@ -68,6 +139,11 @@ class QuantizeConfig:
         if self.scale is not None:
             return self.scale
         return "minmax" if self.method == "rtn" else "hessian"
+
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether there is something that only calibration tokens can tell."""
+        return self.method != "rtn" or self.grid_search == "hessian" or self.tune > 0
 
     @property
     def asymmetric(self) -> bool:
@@ -83,35 +159,6 @@ class QuantizeConfig:
 _CHOICES: Mapping[str, tuple[Any, ...]] = MappingProxyType(
     {"bits": BITS, "method": get_args(Method), "order": get_args(Order), "scale": (*get_args(Scale), None)}
 )
-
-PRESETS: Mapping[Preset, Mapping[str, Any]] = MappingProxyType(
-    {
-        "fast": MappingProxyType({"target_shift": 0.0, "residual_shift": 0.0}),
-        "balanced": MappingProxyType({}),
-        "best": MappingProxyType({"refine": 3, "tune": 24}),
-    }
-)
-"""What each preset sets beside the defaults. All give plain files that cost nothing more when served; they differ in time."""
-
-
-def make_config(settings: Mapping[str, Any]) -> QuantizeConfig:
-    """The config that keyword settings describe: those of `preset`, where one is named, under all that are given beside it.
-
-    Args:
-      settings: fields of `QuantizeConfig`, and optionally `preset`: "fast", "balanced" (the defaults) or "best".
-
-    Raises:
-      ConfigError: an unknown name (those known are listed), or a value out of range.
-    """
-    known = [field.name for field in dataclasses.fields(QuantizeConfig)]
-    given = dict(settings)
-    preset = given.pop("preset", "balanced")
-    if preset not in PRESETS:
-        raise ConfigError(f"preset must be one of {tuple(PRESETS)}, found {preset!r}")
-    unknown = [name for name in given if name not in known]
-    if unknown:
-        raise ConfigError(f"unknown settings {', '.join(unknown)}; known are preset, {', '.join(known)}")
-    return QuantizeConfig(**{**PRESETS[preset], **given})
 
 
 def group_rows(k: int, group_size: int) -> int:

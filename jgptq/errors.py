@@ -30,3 +30,7 @@ class NumericalError(JgptqError, ArithmeticError):
 
 class OutputError(JgptqError, OSError):
     """An output folder that exists, or a disk that cannot hold the result."""
+
+
+class RuleWarning(UserWarning):
+    """A rule that has no effect on the model, most likely because its pattern is not what was meant."""

@@ -12,7 +12,7 @@ from jgptq.calibration import check_tokens
 from jgptq.config import QuantizeConfig
 from jgptq.errors import CalibrationError, ConfigError
 from jgptq.hostmem import to_device
-from jgptq.models import Block, Carry, Decoder
+from jgptq.models import Carry, Decoder, Unit
 from jgptq.notation import Array
 from jgptq.solver.drift import StageSums, accumulate_drift, empty_drift
 from jgptq.solver.hessian import accumulate, empty
@@ -47,7 +47,7 @@ def cut_batches(params: Decoder, calib: Array | None, batch_size: int | None, co
       CalibrationError: tokens that are missing, empty, or outside the vocabulary.
     """
     if calib is None:
-        if config.method != "rtn" or config.grid_search == "hessian" or config.tune:
+        if config.needs_tokens:
             raise CalibrationError(
                 f"method {config.method!r} with scale {config.grid_search!r} and {config.tune} steps of tuning needs calibration "
                 "tokens; see jgptq.calibration_tokens"
@@ -78,7 +78,7 @@ def embed(params: Decoder, batches: Sequence[np.ndarray], *, reference: bool) ->
 _embed = jax.jit(lambda module, tokens, dtype: module(tokens, dtype), static_argnums=2)
 
 
-def observe(work: Block, reference: Block, batches: Sequence[Batch], stage: int, *, drift: bool) -> StageSums:
+def observe(work: Unit, reference: Unit, batches: Sequence[Batch], stage: int, *, drift: bool) -> StageSums:
     """Sums over all batches what a stage's linears read.
 
     Args:
@@ -95,7 +95,7 @@ def observe(work: Block, reference: Block, batches: Sequence[Batch], stage: int,
 
 
 def advance(
-    work: Block, reference: Block, batches: list[Batch], stage: int, *, observe_next: bool, drift: bool
+    work: Unit, reference: Unit, batches: list[Batch], stage: int, *, observe_next: bool, drift: bool
 ) -> StageSums | None:
     """Moves every batch through a stage, in place, so that only one batch exists twice at a time.
 
@@ -116,14 +116,14 @@ def advance(
     return total
 
 
-def _empty(work: Block, batches: Sequence[Batch], number: int, drift: bool) -> StageSums:
+def _empty(work: Unit, batches: Sequence[Batch], number: int, drift: bool) -> StageSums:
     stage = work.stages()[number]
     k = stage.linears[0].kernel.get_value().shape[0]
     width = batches[0].carry.residual.shape[-1] if stage.adds else None
     return StageSums(empty(k), empty_drift(k, width) if drift else None)
 
 
-def _accumulate(work: Block, reference: Block, batch: Batch, total: StageSums, stage: int) -> StageSums:
+def _accumulate(work: Unit, reference: Unit, batch: Batch, total: StageSums, stage: int) -> StageSums:
     h = work.stages()[stage].inputs(batch.carry)
     drift = total.drift
     if drift is not None and batch.reference is not None:
@@ -134,14 +134,12 @@ def _accumulate(work: Block, reference: Block, batch: Batch, total: StageSums, s
 
 
 @functools.partial(jax.jit, static_argnames="stage", donate_argnames="total")
-def _observe(work: Block, reference: Block, batch: Batch, total: StageSums, *, stage: int) -> StageSums:
+def _observe(work: Unit, reference: Unit, batch: Batch, total: StageSums, *, stage: int) -> StageSums:
     return _accumulate(work, reference, batch, total, stage)
 
 
 @functools.partial(jax.jit, static_argnames="stage", donate_argnames="total")
-def _advance(
-    work: Block, reference: Block, batch: Batch, total: StageSums | None, *, stage: int
-) -> tuple[Batch, StageSums | None]:
+def _advance(work: Unit, reference: Unit, batch: Batch, total: StageSums | None, *, stage: int) -> tuple[Batch, StageSums | None]:
     carry = work.stages()[stage](batch.carry)
     beside = None if batch.reference is None else reference.stages()[stage](batch.reference)
     batch = Batch(carry, beside)

@@ -44,31 +44,32 @@ class Lesson(NamedTuple):
     residual: Float[jax.Array, "b S D"]  # the float residual stream after the last block
 
 
-def tune(params: Decoder, lessons: Sequence[Lesson], steps: int) -> tuple[Decoder, TuningReport]:
+def tune(params: Decoder, original: Decoder, lessons: Sequence[Lesson], steps: int) -> tuple[Decoder, TuningReport]:
     """Moves scales and norms towards the float model's predictions, with Adam (arXiv 1412.6980) on factors of them.
 
     Every sixteenth lesson is held out; where the divergence on those does not fall, the model is returned as it came.
 
     Args:
       params: the quantized decoder.
+      original: the float decoder; its head is the teacher's.
       lessons: the calibration batches, all of one shape.
       steps: updates, of about 4096 tokens each; the learning rate falls to zero along a cosine.
 
     Returns:
       The decoder, whose codes and other leaves are those of `params`, and what happened.
     """
-    model = to_device(params)
+    model, teacher = to_device(params), to_device(_head(original))
     held_out, lessons = _split(lessons)
     blocks = [_factors_of(block) for block in model.layers]
     norm = jnp.ones_like(model.norm.scale.get_value(), jnp.float32)
-    before = _divergence(model, blocks, norm, held_out)
+    before = _divergence(model, teacher, blocks, norm, held_out)
     optimizer = optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, steps), b2=0.99)
     trained = (blocks, norm)
     state = optimizer.init(trained)
     for chosen in _schedule(lessons, steps):
-        gradient = _gradient(model, *trained, chosen)
+        gradient = _gradient(model, teacher, *trained, chosen)
         trained, state = _update(trained, state, gradient, optimizer)
-    after = _divergence(model, *trained, held_out)
+    after = _divergence(model, teacher, *trained, held_out)
     kept = bool(after < before)
     report = TuningReport(steps=steps, before=before, after=after, kept=kept)
     return (_applied(params, *trained) if kept else params), report
@@ -130,13 +131,13 @@ def _backward(block: Block, factors: Factors, residual: jax.Array, pull: jax.Arr
     return transpose(pull)
 
 
-def _distance(head: Decoder, factor: jax.Array, residual: jax.Array, teacher: jax.Array) -> jax.Array:
+def _distance(head: Decoder, factor: jax.Array, residual: jax.Array, teacher: Decoder, wanted: jax.Array) -> jax.Array:
     """The mean divergence of predictions from the float model's, which its residual stream gives."""
-    wanted = jax.nn.log_softmax(head.logits(teacher))
+    target = jax.nn.log_softmax(teacher.logits(wanted))
     tuned = jax.tree.map(lambda leaf: leaf, head)
     tuned.norm.scale.set_value(jnp.asarray(tuned.norm.scale.get_value(), jnp.float32) * factor)
     found = jax.nn.log_softmax(tuned.logits(residual))
-    return jnp.mean(jnp.sum(jnp.exp(wanted) * (wanted - found), axis=-1))
+    return jnp.mean(jnp.sum(jnp.exp(target) * (target - found), axis=-1))
 
 
 _measure_distance = jax.jit(_distance)
@@ -162,14 +163,14 @@ def _streams(model: Decoder, head: Decoder, blocks: Sequence[Factors], lesson: L
 
 
 def _gradient(
-    model: Decoder, blocks: list[Factors], norm: jax.Array, lessons: Sequence[Lesson]
+    model: Decoder, teacher: Decoder, blocks: list[Factors], norm: jax.Array, lessons: Sequence[Lesson]
 ) -> tuple[list[Factors], jax.Array]:
     """The gradient of the mean divergence over lessons."""
     head = _head(model)
     total: tuple[list[Factors], jax.Array] | None = None
     for lesson in lessons:
         streams = _streams(model, head, blocks, lesson)
-        of_norm, pull = _pull_distance(head, norm, streams[-1], lesson.residual)
+        of_norm, pull = _pull_distance(head, norm, streams[-1], teacher, lesson.residual)
         of_blocks = []
         for block, factors, stream in zip(model.layers[::-1], blocks[::-1], streams[-2::-1], strict=True):
             of_block, pull = _backward(block, factors, stream, pull)
@@ -196,10 +197,11 @@ def _update(
     return optax.apply_updates(trained, updates), state
 
 
-def _divergence(model: Decoder, blocks: Sequence[Factors], norm: jax.Array, lessons: Sequence[Lesson]) -> float:
+def _divergence(model: Decoder, teacher: Decoder, blocks: Sequence[Factors], norm: jax.Array, lessons: Sequence[Lesson]) -> float:
     head = _head(model)
     found = [
-        float(_measure_distance(head, norm, _streams(model, head, blocks, lesson)[-1], lesson.residual)) for lesson in lessons
+        float(_measure_distance(head, norm, _streams(model, head, blocks, lesson)[-1], teacher, lesson.residual))
+        for lesson in lessons
     ]
     return float(np.mean(found))
 

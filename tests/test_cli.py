@@ -13,7 +13,9 @@ from typer.testing import CliRunner
 from converters import load_hf
 from jgptq.cli import app
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*fewer than 128 rows", "ignore:vLLM refuses")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*fewer than 128 rows", "ignore:vLLM refuses", "ignore:transformers reads no rules"
+)
 
 
 @pytest.fixture
@@ -71,6 +73,47 @@ def test_every_option_reaches_the_files(model: Path, calib: str, tmp_path: Path,
     assert loaded.order == chosen.get("--order", "group")
     assert loaded.damping == chosen.get("--damping", 0.01)
     assert (len(list((tmp_path / "out").glob("*.safetensors"))) > 1) == ("--max-shard-size" in options)
+
+
+def test_rules_and_the_head_reach_the_files(model: Path, calib: str, tmp_path: Path):
+    rules = tmp_path / "rules.json"
+    rules.write_text('{"-:.*o_proj": {}, "+:.*down_proj": {"bits": 8}, "lm_head": {"method": "rtn"}}')
+    code, output = quantize(model, tmp_path / "out", calib, "--rules", rules, "--lm-head")
+    assert code == 0, output
+    assert "13 linears packed" in output
+    loaded = load_hf(tmp_path / "out")
+    assert [(rule.skip, rule.bits, rule.method) for rule in loaded.quantization.rules] == [
+        (True, None, None),
+        (False, 8, None),
+        (False, None, "rtn"),
+    ]
+    assert [block.mlp.down_proj.kernel.get_value().bits for block in loaded.layers] == [8, 8]
+    assert loaded.lm_head.kernel.get_value().bits == 4
+    assert not hasattr(loaded.layers[0].self_attn.o_proj.kernel.get_value(), "bits")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "expected a JSON file of rules"),
+        ("{", "is not JSON"),
+        ("[]", "rules must be a dict"),
+        ('{"a": {}, "a": {"bits": 8}}', "'a' is there twice"),
+        ('{"a": {"bit": 8}}', "unknown keys bit; known are bits, group_size"),
+        ('{"(": {}}', "'(': missing )"),
+        ('{"a": {"bits": 5}}', "rule 'a': bits must be one of"),
+        ('{".*q_proj": {"bits": 8}}', "different settings"),
+    ],
+)
+def test_rules_that_cannot_be_used_are_one_message(model: Path, calib: str, tmp_path: Path, text: str | None, message: str):
+    rules = tmp_path / "rules.json"
+    if text is not None:
+        rules.write_text(text)
+    code, output = quantize(model, tmp_path / "out", calib, "--rules", rules)
+    assert code == 1
+    assert output.startswith("error: ")
+    assert message in output
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_seed_chooses_other_samples(model: Path, calib: str, tmp_path: Path):

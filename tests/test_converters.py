@@ -15,7 +15,7 @@ from tiny import assert_same
 import jgptq
 from converters import load_hf, save_hf
 from converters.checkpoint import SINGLE
-from converters.quantization import quantization_config, reader_warnings, skip_rules
+from converters.quantization import dynamic_rules, quantization_config, reader_warnings
 from jgptq.config import QuantizeConfig
 from jgptq.errors import ConfigError
 from jgptq.hostmem import to_device
@@ -124,7 +124,8 @@ def test_keys_of_the_config_that_are_not_modelled_survive(tmp_path: Path, folder
 
 
 def test_kept_linears_are_skipped_by_anchored_rules_that_also_match_fused_names():
-    rules = skip_rules([f"layers.{i}.mlp.{n}_proj" for i in (0, 1) for n in ("gate", "up")] + ["layers.1.mlp.down_proj"], 2)
+    kept = [f"layers.{i}.mlp.{n}_proj" for i in (0, 1) for n in ("gate", "up")] + ["layers.1.mlp.down_proj"]
+    rules = dynamic_rules(QuantizeConfig(), dict.fromkeys(kept), 2)
     patterns = [re.compile(rule.removeprefix("-:")) for rule in rules]
     assert all(rule.startswith("-:^") and value == {} for rule, value in rules.items())
 
@@ -137,7 +138,7 @@ def test_kept_linears_are_skipped_by_anchored_rules_that_also_match_fused_names(
     assert not skipped("model.layers.0.mlp.down_proj")
     assert not skipped("model.layers.1.mlp.down_proj_extra")
     assert not skipped("model.layers.0.self_attn.q_proj")
-    assert "dynamic" not in quantization_config(QuantizeConfig(), "gptq", [], 2)
+    assert "dynamic" not in quantization_config(QuantizeConfig(), "gptq", {}, 2)
 
 
 @pytest.mark.parametrize(

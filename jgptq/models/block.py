@@ -154,3 +154,24 @@ class Block(nnx.Module):
         for stage in self.stages():
             carry = stage(carry)
         return carry.residual
+
+
+class Head(nnx.Module):
+    """What follows the last block, as a block of one stage: the output projection, which reads the norm of the residual stream.
+
+    Args:
+      norm: the decoder's last norm.
+      lm_head: the output projection.
+    """
+
+    def __init__(self, norm: RMSNorm, lm_head: Linear):
+        self.norm = norm
+        self.lm_head = lm_head
+
+    def stages(self) -> tuple[Stage, ...]:
+        """The output projection."""
+        return (Stage(("lm_head",), (self.lm_head,), lambda carry: self.norm(carry.residual), lambda _, outs: Carry(outs[0])),)
+
+
+Unit = Block | Head
+"""What is quantized as one: its linears share a place in a sink."""

@@ -44,7 +44,7 @@ def linear_table(report: Report) -> Table:
     from rich.table import Table
 
     table = Table(title=f"{report.config.bits} bit, group {report.config.group_size}, {report.config.method}")
-    for column in ("linear", "K x N", "loss", "RTN loss", "ratio", "damping", "tokens", "seconds", "note"):
+    for column in ("linear", "K x N", "bits", "loss", "RTN loss", "ratio", "damping", "tokens", "seconds", "note"):
         table.add_column(column, justify="left" if column in ("linear", "note") else "right")
     for row in report.rows:
         table.add_row(*_cells(row))
@@ -53,8 +53,18 @@ def linear_table(report: Report) -> Table:
 
 def _cells(row: LinearReport) -> list[str]:
     if not row.quantized:
-        return [row.name, f"{row.k} x {row.n}", "", "", "", "", "", "", row.note]
+        return [row.name, f"{row.k} x {row.n}", "", "", "", "", "", "", "", row.note]
     losses = [f"{loss:.4g}" if loss is not None else "" for loss in (row.loss, row.rtn_loss)]
     ratio = f"{row.loss / row.rtn_loss:.3f}" if row.loss is not None and row.rtn_loss else ""
     damping = f"{row.damping:.3g}" if row.damping is not None else ""
-    return [row.name, f"{row.k} x {row.n}", *losses, ratio, damping, f"{row.tokens}", f"{row.seconds:.2f}", row.note]
+    return [
+        row.name,
+        f"{row.k} x {row.n}",
+        f"{row.bits}",
+        *losses,
+        ratio,
+        damping,
+        f"{row.tokens}",
+        f"{row.seconds:.2f}",
+        row.note,
+    ]

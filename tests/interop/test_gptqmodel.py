@@ -28,13 +28,15 @@ pytestmark = pytest.mark.filterwarnings("ignore:vLLM refuses")
 
 
 def packed_kernels(decoder: Decoder) -> dict[str, PackedTensor]:
-    return {
+    found = {
         f"model.layers.{index}.{name}": linear.kernel.get_value()
         for index, block in enumerate(decoder.layers)
         for stage in block.stages()
         for name, linear in zip(stage.names, stage.linears, strict=True)
-        if isinstance(linear.kernel.get_value(), PackedTensor)
     }
+    if decoder.lm_head is not None:
+        found["lm_head"] = decoder.lm_head.kernel.get_value()
+    return {name: kernel for name, kernel in found.items() if isinstance(kernel, PackedTensor)}
 
 
 def check(folder: Path, tokens: np.ndarray, scratch: Path) -> None:
@@ -72,6 +74,23 @@ def test_gptqmodel_reads_every_format(tmp_path: Path, bits: int, sym: bool, grou
     params = tiny.decoder(intermediate_size=128, qkv_bias=True, model_type="qwen2")
     quantized, _ = jgptq.quantize(params, tiny.tokens(), bits=bits, sym=sym, group_size=group_size)
     check(save_hf(quantized, tmp_path / "out", format=file_format), tiny.tokens(2), tmp_path)
+
+
+MIXED = {
+    "+:lm_head": {"bits": 8, "group_size": 64},
+    "+:.*down_proj": {"bits": 8},
+    "+:.*layers.1.self_attn.[qkv]_proj": {"bits": 2, "group_size": -1},
+    "-:.*layers.0": {},  # GPTQModel itself would try this rule first, and skip the first block's down_proj as well
+}
+
+
+@pytest.mark.parametrize("lm_head", [False, True])
+@pytest.mark.parametrize("max_shard_size", ["20KB", "5GB"])
+@pytest.mark.filterwarnings("ignore:transformers reads no rules", "ignore:rule 'lm_head'")
+def test_gptqmodel_reads_mixed_settings(tmp_path: Path, lm_head: bool, max_shard_size: str):
+    quantized, _ = jgptq.quantize(tiny.decoder(), tiny.tokens(), group_size=32, rules=MIXED, lm_head=lm_head)
+    assert sorted(kernel.bits for kernel in packed_kernels(quantized).values()) == [2, 2, 2, 4, 4, 4, 8, 8] + [8] * lm_head
+    check(save_hf(quantized, tmp_path / "out", max_shard_size=max_shard_size), tiny.tokens(2), tmp_path)
 
 
 def test_gptqmodel_reads_the_embedded_model(tmp_path: Path):
