@@ -65,7 +65,7 @@ def random_llama(
         "torch_dtype": dtype,
     }
     writer.write_text("config.json", json.dumps(config, indent=1))
-    _write_tokenizer(writer.folder)
+    write_tokenizer(writer.folder)
     return writer.finish()
 
 
@@ -106,7 +106,8 @@ def _cpuinfo() -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
-def _write_tokenizer(folder: Path) -> None:
+def write_tokenizer(folder: Path) -> None:
+    """Writes a byte-level tokenizer, for readers that insist on one."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     vocab = {token: index for index, token in enumerate(["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}

@@ -5,10 +5,12 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
+from flax import nnx
+from safetensors.numpy import save
 
 from converters.checkpoint import Checkpoint, TensorEntry, read_header
 from converters.encode import float_specs, packed_specs
@@ -86,24 +88,34 @@ class FolderSink:
 
     def done(self) -> Mapping[int, tuple[Unit, tuple[LinearReport, ...]]]:
         """The blocks that are already written, as views of the mapped shards, with their report rows."""
-        entries: dict[str, TensorEntry] = {}
-        for file in self._writer.files:
-            entries |= read_header(self._writer.folder / file)
-        checkpoint = Checkpoint(self._writer.folder, entries)
+        writer, entries = self._writer, dict[str, TensorEntry]()
+        lines = list(map(json.loads, self._journal.read_text(encoding="utf-8").splitlines()[1:]))
+        movable = [_movable_file(line["block"]) for line in lines] if self._config.tune else []
+        for file in (*writer.files, *movable):
+            entries |= read_header(writer.folder / file)
+        checkpoint = Checkpoint(writer.folder, entries)
         planned = settings_by_path(self._params, self._config)
         written = quantization_config(self._config, self._format, planned, len(self._params.layers))
         finished = {}
-        for line in map(json.loads, self._journal.read_text(encoding="utf-8").splitlines()[1:]):
+        for line in lines:
             block = load_unit(line["block"], self._params.config, checkpoint, written, self._params.norm)
             finished[line["block"]] = (block, tuple(LinearReport(**row) for row in line["rows"]))
         return finished
 
     def write(self, index: int, block: Unit, rows: tuple[LinearReport, ...]) -> None:
-        """Writes a finished block and notes it in the journal once it is on the disk."""
-        for path, module, attribute in unit_leaves(index, block):
-            leaf = getattr(module, attribute).get_value()
-            for name, array in encode_leaf(self._params, path, attribute, leaf, self._format).items():
+        """Writes a finished block and notes it in the journal once it is on the disk.
+
+        What tuning may move after the last block goes into a file of its own, and into its place when the run is finished: a run
+        that is stopped on the way finds it as it was.
+        """
+        movable: dict[str, np.ndarray] = {}
+        for name, array in self._encoded(unit_leaves(index, block), self._params):
+            if self._config.tune and _may_move(name):
+                movable[name] = array
+            else:
                 self._writer.write(name, array)
+        if self._config.tune:
+            self._write_movable(index, movable)
         self._writer.sync()
         self._append({"block": index, "rows": [row_to_dict(row) for row in rows]})
 
@@ -123,17 +135,45 @@ class FolderSink:
         """
         if qparams.quantization != self._config:
             raise ConfigError("the decoder was quantized with other settings than the sink's; give both the same config")
-        for path, module, attribute in leaves(qparams):
-            if not path.startswith("layers.") and not (path == HEAD and self._config.lm_head):
-                leaf = getattr(module, attribute).get_value()
-                for name, array in encode_leaf(qparams, path, attribute, leaf, self._format).items():
-                    self._writer.write(name, array)
+        for name, array in self._encoded(leaves(qparams), qparams, self._is_written):
+            self._writer.write(name, array)
         write_settings(self._writer, qparams, self._format)
         self._writer.write_text(REPORT, report.to_json() + "\n")
         folder = self._writer.finish()
         # The journal goes last: until the folder is whole, a run that fails finds all its blocks again.
+        for file in folder.glob(_movable_file("*")):
+            file.unlink()
         (folder / JOURNAL).unlink()
         return folder
+
+    def _encoded(
+        self,
+        found: Iterable[tuple[str, nnx.Module, str]],
+        params: Decoder,
+        is_written: Callable[[str, str], bool] = lambda path, name: False,
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        """The tensors of leaves, but for those that are in their place already."""
+        for path, module, attribute in found:
+            leaf = getattr(module, attribute).get_value()
+            for name, array in encode_leaf(params, path, attribute, leaf, self._format).items():
+                if not is_written(path, name):
+                    yield name, array
+
+    def _is_written(self, path: str, name: str) -> bool:
+        """Whether a tensor of the finished decoder is what `write` put into its place."""
+        in_unit = path.startswith("layers.") or (path == HEAD and self._config.lm_head)
+        return in_unit and not (self._config.tune and _may_move(name))
+
+    def _write_movable(self, index: int, tensors: dict[str, np.ndarray]) -> None:
+        file = _movable_file(index)
+
+        def write() -> None:
+            with (self._writer.folder / file).open("wb") as stream:
+                stream.write(save(tensors))
+                stream.flush()
+                os.fsync(stream.fileno())
+
+        self._writer.guard(file, write)
 
     def _specs(self) -> list[TensorSpec]:
         planned = settings_by_path(self._params, self._config)
@@ -176,6 +216,16 @@ class FolderSink:
                 os.fsync(stream.fileno())
 
         self._writer.guard(JOURNAL, write)
+
+
+def _movable_file(index: int | str) -> str:
+    """Where the tensors of a block lie that tuning may move."""
+    return f"movable-{index}.tensors"
+
+
+def _may_move(name: str) -> bool:
+    """Whether tuning may move a tensor of a block: scales of codes, and norms."""
+    return name.endswith(".scales") or name.endswith("norm.weight")
 
 
 def _fingerprint(params: Decoder, config: QuantizeConfig, calib: np.ndarray | None, *settings: object) -> str:

@@ -192,9 +192,10 @@ def _update(
     gradient: tuple[list[Factors], jax.Array],
     optimizer: optax.GradientTransformation,
 ) -> tuple[tuple[list[Factors], jax.Array], optax.OptState]:
-    # Adam does not depend on the size of gradients, so that a sum over lessons serves as their mean.
-    updates, state = optimizer.update(gradient, state, trained)
-    return optax.apply_updates(trained, updates), state
+    # Adam does not depend on the size of gradients, so that a sum over lessons serves as their mean. Optax mixes dtypes.
+    with jax.numpy_dtype_promotion("standard"):
+        updates, state = optimizer.update(gradient, state, trained)
+        return optax.apply_updates(trained, updates), state
 
 
 def _divergence(model: Decoder, teacher: Decoder, blocks: Sequence[Factors], norm: jax.Array, lessons: Sequence[Lesson]) -> float:

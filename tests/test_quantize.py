@@ -219,8 +219,9 @@ def checkpoint(tmp_path: Path):
     return load_hf(tiny.folder(tmp_path / "model", qkv_bias=True, model_type="qwen2"))
 
 
-def test_a_resumed_run_writes_what_an_uninterrupted_one_does(tmp_path: Path, checkpoint):
-    calib, settings = tiny.tokens(), jgptq.QuantizeConfig(**SETTINGS)
+@pytest.mark.parametrize("tune", [0, 2])
+def test_a_resumed_run_writes_what_an_uninterrupted_one_does(tmp_path: Path, checkpoint, tune: int):
+    calib, settings = tiny.tokens(), jgptq.QuantizeConfig(**SETTINGS, tune=tune)
     whole = FolderSink(tmp_path / "whole", checkpoint, settings, calib)
     whole.finish(*jgptq.quantize(checkpoint, calib, config=settings, sink=whole))
     stopping = StoppingSink(tmp_path / "resumed", checkpoint, settings, calib)
@@ -240,6 +241,27 @@ def test_a_resumed_run_writes_what_an_uninterrupted_one_does(tmp_path: Path, che
     for name in names:
         if name != "quantize_report.json":
             assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "resumed" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_run_stopped_while_tuning_finds_what_was_not_tuned_yet(tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch):
+    params = load_hf(tiny.folder(tmp_path / "model", dtype=getattr(jnp, dtype)))
+    calib, settings = tiny.tokens(), jgptq.QuantizeConfig(**SETTINGS, tune=2)
+    whole = FolderSink(tmp_path / "whole", params, settings, calib)
+    whole.finish(*jgptq.quantize(params, calib, config=settings, sink=whole))
+
+    class StoppedInFinish(FolderSink):
+        def _is_written(self, path: str, name: str) -> bool:
+            if path == "norm":  # every block is in its place, tuned
+                raise Stopped
+            return super()._is_written(path, name)
+
+    stopping = StoppedInFinish(tmp_path / "resumed", params, settings, calib)
+    with pytest.raises(Stopped):
+        stopping.finish(*jgptq.quantize(params, calib, config=settings, sink=stopping))
+    again = FolderSink(tmp_path / "resumed", params, settings, calib)
+    again.finish(*jgptq.quantize(params, calib, config=settings, sink=again))
+    assert (tmp_path / "whole" / "model.safetensors").read_bytes() == (tmp_path / "resumed" / "model.safetensors").read_bytes()
 
 
 def test_a_finished_block_is_not_solved_again(tmp_path: Path, checkpoint, monkeypatch: pytest.MonkeyPatch):

@@ -1,0 +1,180 @@
+"""What each option is worth: excess log-perplexity over the float model, by bits, grid and group, beside GPTQModel's best.
+
+    python benchmarks/bench_quality.py [--stories ../shared/data/stories260k] [--peer-python .venv-interop/bin/python]
+        [--peer-exports FOLDER] [--options best,balanced] [--bits 4,3,2]
+
+On the embedded model at groups of 128 and 32, and, where its folder is given, on a trained Llama of 260 thousand parameters at
+groups of 32 (its MLP is 172 wide, no multiple of 32, and stays float on both sides). Both sides calibrate on the same 65,536
+tokens and are scored on the same held-out text, by the same code, in float32; GPTQModel's export is read back for that. Its
+settings are those that its own documentation advises for quality: order inside groups, mse=2.4, and gptaq off, with alpha 0.25
+and with alpha 1; the best of the three, by the figure itself, is what ours is held against.
+
+The result grows as the table is worked through, and what is there is not measured again: delete the file to begin anew.
+"""
+
+import argparse
+import json
+import math
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from common import RESULTS, circumstances, write_result, write_tokenizer
+
+import jgptq
+from converters import load_hf
+from jgptq import tinycode
+from jgptq.demo import demo_tokens, sources
+from jgptq.presets import make_config
+
+NAME = "quality_cpu"
+PLAIN = {"preset": "fast", "scale": "minmax"}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "best": {"preset": "best"},
+    "balanced": {},
+    "fast": {"preset": "fast"},
+    "rtn": {"method": "rtn"},
+    "plain gptq, order none": PLAIN | {"order": "none"},
+    "plain gptq, order group": PLAIN,
+    "plain gptq, order static": PLAIN | {"order": "static"},
+    "plain gptq, order desc_act": PLAIN | {"order": "desc_act"},
+    "fast, scale mse": {"preset": "fast", "scale": "mse"},
+    "fast, refit": {"preset": "fast", "refit": True},
+    "fast, refine 3": {"preset": "fast", "refine": 3},
+    "fast, tune 24": {"preset": "fast", "tune": 24},
+    "gptaq": {"method": "gptaq"},
+    "gptaq, alpha 0.25": {"method": "gptaq", "target_shift": 0.25},
+    "qronos": {"method": "qronos"},
+    "balanced, no residual": {"residual_shift": 0.0},
+    "balanced, half shift": {"target_shift": 0.5, "residual_shift": 0.5},
+    "balanced, refit": {"refit": True},
+    "balanced, refine 3": {"refine": 3},
+    "balanced, tune 24": {"tune": 24},
+}
+PEERS = {"gptaq off": None, "gptaq alpha 0.25": 0.25, "gptaq alpha 1": 1.0}
+LIMITS = {32: {4: 0.8, 3: 0.7, 2: 0.65}, 128: {4: 0.85, 3: 0.85, 2: 0.75}}
+MAKES_FILES_DEARER = "plain gptq, order desc_act"
+
+
+def cases(stories: Path | None) -> Iterator[tuple[str, str, int, np.ndarray, np.ndarray, list[str]]]:
+    """Name, folder, group size, calibration rows, evaluation tokens, and what stays float on both sides."""
+    calib, tokens = demo_tokens(tinycode.FOLDER, *sources(tinycode.FOLDER, None, None), 256, tinycode.SEQ_LEN)
+    for group_size in (128, 32):
+        yield "tinycode", tinycode.FOLDER, group_size, calib, tokens, []
+    if stories is not None:
+        files = (str(stories / name) for name in ("calib_ids.npy", "eval_ids.npy"))
+        calib, tokens = demo_tokens(str(stories), *files, 256, 256)
+        yield "stories260k", str(stories), 32, calib, tokens, [r".*\.mlp\..*"]
+
+
+def peer_exports(python: Path, folder: str, calib: np.ndarray, settings: dict[str, dict[str, Any]], out: Path) -> None:
+    """Has GPTQModel quantize at every setting that is not in `out` yet."""
+    with tempfile.TemporaryDirectory() as scratch:
+        place = Path(scratch)
+        model = place / "model"
+        model.mkdir()
+        for file in Path(folder).glob("*.*"):
+            (model / file.name).symlink_to(file.resolve())
+        if not (model / "tokenizer.json").exists():
+            write_tokenizer(model)
+        np.save(place / "tokens.npy", calib)
+        (place / "settings.json").write_text(json.dumps(settings))
+        script = Path(__file__).parent / "peer_quality.py"
+        command = [python.absolute(), script.resolve(), model, place / "tokens.npy", place / "settings.json", out.absolute()]
+        subprocess.run(command, check=True, cwd=scratch, stdout=subprocess.DEVNULL)
+
+
+def log_perplexity(params: Any, tokens: np.ndarray) -> float:
+    """Mean negative log-likelihood per token, windows of 256."""
+    return math.log(jgptq.perplexity(params, tokens, 256))
+
+
+def measured(folder: str, calib: np.ndarray, tokens: np.ndarray, settings: dict[str, Any], base: float) -> dict[str, Any]:
+    """One cell of our side."""
+    started = time.perf_counter()
+    quantized, report = jgptq.quantize(load_hf(folder, "float32"), calib, config=make_config(settings))
+    seconds = time.perf_counter() - started
+    rows = [row for row in report.rows if row.quantized]
+    return {
+        "excess": log_perplexity(quantized, tokens) - base,
+        "seconds": round(seconds, 1),
+        "loss_over_rtn": sum(row.loss or 0 for row in rows) / sum(row.rtn_loss or 0 for row in rows),
+        "linears_above_rtn": [row.name for row in report.worse_than_rtn],
+    }
+
+
+def verdicts(found: dict[str, Any]) -> dict[str, Any]:
+    """Our best free setting, and each preset, over GPTQModel's best, for every format that both sides have."""
+    ratios = {}
+    for key, cells in found.items():
+        ours = {name: cell["excess"] for name, cell in cells["ours"].items() if name != MAKES_FILES_DEARER}
+        theirs = [cell["excess"] for cell in cells["gptqmodel"].values()]
+        if ours and theirs:
+            free = min(ours, key=lambda name: ours[name])
+            least = min(theirs)
+            presets = {name: ours[name] / least for name in ("fast", "balanced", "best") if name in ours}
+            ratios[key] = {"best_free": free, "ratio": ours[free] / least, "limit": cells["limit"], **presets}
+    return ratios
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stories", type=Path)
+    parser.add_argument("--peer-python", type=Path)
+    parser.add_argument("--peer-exports", type=Path, help="keep, or find, GPTQModel's folders here")
+    parser.add_argument("--options", default=",".join(OPTIONS).replace(", ", "; "), help="separated by commas")
+    parser.add_argument("--bits", default="4,3,2")
+    args = parser.parse_args()
+    options = [name.replace("; ", ", ") for name in args.options.split(",")]
+    path = RESULTS / f"{NAME}.json"
+    result = json.loads(path.read_text()) if path.exists() else {"float": {}, "formats": {}}
+
+    def keep() -> None:
+        # The circumstances are those of the last cell; every cell holds the commit that it was measured at.
+        write_result(NAME, {**circumstances(), **result, "verdicts": verdicts(result["formats"])})
+
+    for model, folder, group_size, calib, tokens, skip in cases(args.stories):
+        if model not in result["float"]:
+            result["float"][model] = log_perplexity(load_hf(folder, "float32"), tokens)
+        base = result["float"][model]
+        for bits in map(int, args.bits.split(",")):
+            for sym in (True, False):
+                key = f"{model}, group {group_size}, {bits} bit {'sym' if sym else 'asym'}"
+                blank = {"limit": LIMITS[group_size][bits], "ours": {}, "gptqmodel": {}}
+                cells = result["formats"].setdefault(key, blank)
+                if args.peer_python is not None and len(cells["gptqmodel"]) < len(PEERS):
+                    out = args.peer_exports or Path(tempfile.mkdtemp())
+                    common = {
+                        "bits": bits,
+                        "group_size": group_size,
+                        "sym": sym,
+                        "mse": 2.4,
+                        "act_group_aware": True,
+                        "skip": skip,
+                    }
+                    wanted = {f"{key}, {name}": common | {"gptaq_alpha": alpha} for name, alpha in PEERS.items()}
+                    peer_exports(args.peer_python, folder, calib, wanted, out)
+                    for name in PEERS:
+                        export = out / f"{key}, {name}"
+                        excess = log_perplexity(load_hf(str(export), "float32"), tokens) - base
+                        seconds = float((export / "seconds.txt").read_text())
+                        cells["gptqmodel"][name] = {"excess": excess, "seconds": seconds}
+                    keep()
+                for name in options:
+                    if name in cells["ours"]:
+                        continue
+                    settings = {"bits": bits, "group_size": group_size, "sym": sym} | OPTIONS[name]
+                    cell = measured(folder, calib, tokens, settings, base)
+                    cells["ours"][name] = cell | {"commit": circumstances()["commit"]}
+                    print(f"{key}, {name}: {cell['excess']:.5f} ({cell['seconds']} s)", flush=True)
+                    keep()
+    for key, verdict in verdicts(result["formats"]).items():
+        print(key, {name: round(value, 3) if isinstance(value, float) else value for name, value in verdict.items()})
+
+
+if __name__ == "__main__":
+    main()
