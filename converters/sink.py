@@ -111,7 +111,7 @@ class FolderSink:
         movable: dict[str, np.ndarray] = {}
         for name, array in self._encoded(unit_leaves(index, block), self._params):
             if self._config.tune and _may_move(name):
-                movable[name] = array
+                movable[name] = np.ascontiguousarray(array)  # safetensors writes the memory of a view as if it were whole
             else:
                 self._writer.write(name, array)
         if self._config.tune:
