@@ -8,6 +8,10 @@ as published, which is the ratio that the limit is for, and with the same two lo
 rows in the same order, float32; weights are new in every round. Both use all cores, in one process, in turn; quoted are the
 median and every round. Codes and losses are compared too, so that the speed is that of the same answer.
 
+Measure on a machine that does nothing else. Torch's threads wait for each other by spinning, so that one busy neighbour can make
+its loop ten times as slow, and the ratio worthless: seconds of all cores stand beside the seconds of the clock, and the load of
+the last minute in the result; above 0.5 the script says so.
+
 - `square`, K = N = 4096, and `wide`, K = 14336: at least 3 and 1.8 times as fast as the loop in torch. The parts of our solve
   stand beside their floors: multiplications at the speed of a 4096^3 float32 `jnp.matmul` of the same run, and bytes at that of
   a copy. Loop and losses are one program: the losses are timed alone, the loop is the rest.
@@ -16,6 +20,7 @@ median and every round. Codes and losses are compared too, so that the speed is 
 
 import argparse
 import dataclasses
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -41,6 +46,7 @@ COMPILE_LIMIT = 10.0
 COMPILED = "/jax/core/compile/backend_compile_duration"
 COMPILE_SHAPES = {(256, 256): 128, (2080, 2080): 32, (4096, 4096): 128, (14336, 4096): 128}  # (K, N): group size
 SECOND_SOLVED = 4096  # the largest K whose second matrix is solved for the count of compilations; `square`, `wide` count theirs
+BUSY = 0.5  # load of the last minute from which on a warning is printed
 _DIRECT = 512  # pieces of a factorization up to this size are factored directly
 _STEP = 32  # rows of one call of the inner kernel
 
@@ -53,10 +59,11 @@ class Problem(NamedTuple):
 
 
 class Timed(NamedTuple):
-    """A result and the seconds that it took."""
+    """A result, the seconds that it took, and the seconds of all cores together."""
 
     value: Any
     seconds: float
+    cpu_seconds: float
 
 
 def plain_config(group: int = GROUP) -> QuantizeConfig:
@@ -84,9 +91,9 @@ def random_weights(k: int, n: int, seed: int) -> np.ndarray:
 
 def timed(run: Callable[[], Any]) -> Timed:
     """Runs once, to the end of its computation."""
-    started = time.perf_counter()
+    used, started = time.process_time(), time.perf_counter()
     value = jax.block_until_ready(run())
-    return Timed(value, time.perf_counter() - started)
+    return Timed(value, time.perf_counter() - started, time.process_time() - used)
 
 
 class Compilations:
@@ -161,6 +168,7 @@ def jgptq_round(problem: Problem, config: QuantizeConfig) -> dict[str, Any]:
         "seconds": prepared.seconds + tiles.seconds,
         "prepare": prepared.seconds,
         "solve_columns": tiles.seconds,
+        "cpu_seconds": prepared.cpu_seconds + tiles.cpu_seconds,
         "codes_kn": np.concatenate([tile.codes_kn for tile in tiles.value], axis=1),
         "values_kn": np.concatenate([tile.dequantize() for tile in tiles.value], axis=1),
         "loss": sum(_total(tile.loss_n) for tile in tiles.value),
@@ -176,6 +184,7 @@ def torch_round(problem: Problem) -> dict[str, Any]:
     return {
         "seconds": solved.seconds,
         "losses": both.seconds,
+        "cpu_seconds": solved.cpu_seconds,
         "codes_kn": solved.value.codes(BITS).T.numpy(),
         "values_kn": solved.value.values().T.numpy(),
         "rtn_loss": float(both.value[1].double().sum()),
@@ -313,10 +322,13 @@ def main() -> None:
     parser.add_argument("--wide-rounds", type=int, default=2)
     parser.add_argument("--name", default="solver_cpu", help="name of the result")
     args = parser.parse_args()
+    load = os.getloadavg()[0]
+    if load > BUSY:
+        print(f"the load of the last minute is {load:.1f}: ratios measured on a busy machine mean nothing", flush=True)
     speed = speeds()
     print({name: f"{value / 1e9:.1f}e9 a second" for name, value in speed.items()}, flush=True)
     result: dict[str, Any] = {**circumstances(), "torch": torch.__version__, "torch_threads": torch.get_num_threads()}
-    result |= {"bits": BITS, "limits": {**LIMITS, "compile_seconds": COMPILE_LIMIT}, "speeds": speed}
+    result |= {"load_before": load, "bits": BITS, "limits": {**LIMITS, "compile_seconds": COMPILE_LIMIT}, "speeds": speed}
     if "square" in args.only:
         result["square"] = compare(*args.square, args.rounds, speed)
     if "wide" in args.only:
