@@ -1,6 +1,9 @@
 """One whole quantization job in a process of its own: load, quantize block by block into the folder, finish.
 
     python benchmarks/job_jgptq.py MODEL_FOLDER TOKENS.npy OUT_FOLDER RESULT.json [--bits 4 --group-size 128 --dtype auto]
+        [--preset balanced] [--set NAME=VALUE ...]
+
+VALUE is read as JSON where it is JSON: refine=2, scale=mse, target_shift=0.5.
 
 RESULT.json: {"seconds": {"load", "quantize", "save", "total"}, "peak_rss_bytes"}; imports are not in the seconds, compilation is.
 """
@@ -10,11 +13,22 @@ import json
 import resource
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 import jgptq
 from converters import FolderSink, load_hf
+from jgptq.presets import make_config
+
+
+def setting(text: str) -> tuple[str, Any]:
+    """A name and its value, from the command line."""
+    name, _, value = text.partition("=")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
 
 
 def main() -> None:
@@ -24,10 +38,12 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--preset", default="balanced")
+    parser.add_argument("--set", nargs="+", default=[], type=setting, metavar="NAME=VALUE", help="other settings of the run")
     args = parser.parse_args()
 
     tokens = np.load(args.tokens)
-    config = jgptq.QuantizeConfig(bits=args.bits, group_size=args.group_size)
+    config = make_config({"preset": args.preset, "bits": args.bits, "group_size": args.group_size} | dict(args.set))
     started = time.perf_counter()
     params = load_hf(args.model_folder, args.dtype)
     loaded = time.perf_counter()

@@ -1,0 +1,347 @@
+"""One solve: against the published loop in torch, against its own floors, and what it takes to compile.
+
+    python benchmarks/bench_solver.py
+
+A solve is everything between a Hessian and the codes: ordering of rows, factorization, loop, codes, and the losses
+`tr(dW^T H dW)` of GPTQ and of round-to-nearest, which the published loop does not compute. Torch is therefore timed both ways:
+as published, which is the ratio that the limit is for, and with the same two losses. 4 bit, symmetric, group 128, min-max grids,
+rows in the same order, float32; weights are new in every round. Both use all cores, in one process, in turn; quoted are the
+median and every round. Codes and losses are compared too, so that the speed is that of the same answer.
+
+Measure on a machine that does nothing else. Torch's threads wait for each other by spinning, so that one busy neighbour can make
+its loop ten times as slow, and the ratio worthless: seconds of all cores stand beside the seconds of the clock, and the load of
+the last minute in the result; above 0.5 the script says so.
+
+- `square`, K = N = 4096, and `wide`, K = 14336: at least 3 and 1.8 times as fast as the loop in torch. The parts of our solve
+  stand beside their floors: multiplications at the speed of a 4096^3 float32 `jnp.matmul` of the same run, and bytes at that of
+  a copy. Loop and losses are one program: the losses are timed alone, the loop is the rest.
+- `compile`: tracing and compiling with empty caches, at most 10 s a shape; a second matrix of a shape compiles nothing.
+"""
+
+import argparse
+import dataclasses
+import os
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peer_torch_loop
+import torch
+from common import circumstances, write_result
+
+from jgptq.config import QuantizeConfig
+from jgptq.solver import Prepared, Solution, output_loss, prepare, solve_columns
+from jgptq.solver.cholesky import damped_inverse_factor
+from jgptq.solver.compensate import solver_block
+from jgptq.solving import tile_columns
+
+BITS, GROUP = 4, 128
+LIMITS = {"square": 3.0, "wide": 1.8}
+COMPILE_LIMIT = 10.0
+COMPILED = "/jax/core/compile/backend_compile_duration"
+COMPILE_SHAPES = {(256, 256): 128, (2080, 2080): 32, (4096, 4096): 128, (14336, 4096): 128}  # (K, N): group size
+SECOND_SOLVED = 4096  # the largest K whose second matrix is solved for the count of compilations; `square`, `wide` count theirs
+BUSY = 0.5  # load of the last minute from which on a warning is printed
+_DIRECT = 512  # pieces of a factorization up to this size are factored directly
+_STEP = 32  # rows of one call of the inner kernel
+
+
+class Problem(NamedTuple):
+    """A Hessian with uneven, correlated features, and weights of a round."""
+
+    h_kk: np.ndarray
+    w_kn: np.ndarray
+
+
+class Timed(NamedTuple):
+    """A result, the seconds that it took, and the seconds of all cores together."""
+
+    value: Any
+    seconds: float
+    cpu_seconds: float
+
+
+def plain_config(group: int = GROUP) -> QuantizeConfig:
+    """The published problem."""
+    return QuantizeConfig(bits=BITS, group_size=group, sym=True, scale="minmax", target_shift=0.0, residual_shift=0.0)
+
+
+def random_hessian(k: int) -> np.ndarray:
+    """`D (A A^T / r + 0.1 I) D`: a few strong common directions, and diagonals that differ by orders of magnitude."""
+    random = np.random.default_rng(k)
+    directions_kr = random.standard_normal((k, max(32, k // 16)), np.float32)
+    h_kk = directions_kr @ directions_kr.T / directions_kr.shape[1]
+    h_kk[np.arange(k), np.arange(k)] += 0.1
+    spread_k = np.exp(0.5 * random.standard_normal(k, np.float32))
+    h_kk *= spread_k[:, None]
+    h_kk *= spread_k[None, :]
+    return h_kk
+
+
+def random_weights(k: int, n: int, seed: int) -> np.ndarray:
+    """Weights `[K, N]` of the size that a trained linear has."""
+    return np.random.default_rng(seed).standard_normal((k, n), np.float32) / np.float32(np.sqrt(k))
+
+
+def timed(run: Callable[[], Any]) -> Timed:
+    """Runs once, to the end of its computation."""
+    used, started = time.process_time(), time.perf_counter()
+    value = jax.block_until_ready(run())
+    return Timed(value, time.perf_counter() - started, time.process_time() - used)
+
+
+class Compilations:
+    """Counts compilations of this process while it is entered."""
+
+    def __enter__(self) -> "Compilations":
+        self.count = 0
+        jax.monitoring.register_event_duration_secs_listener(self._saw)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._saw)
+
+    def _saw(self, event: str, _: float, **__: Any) -> None:
+        self.count += event == COMPILED
+
+
+def speeds() -> dict[str, float]:
+    """What this machine does at best: multiply-adds a second of a 4096^3 float32 matmul, and bytes a second of a copy."""
+    a = jnp.asarray(random_weights(4096, 4096, 0))
+    multiply = jax.jit(lambda a: jnp.matmul(a, a, precision=jax.lax.Precision.HIGHEST))
+    source = np.ones(1 << 28, np.uint8)
+    target = np.zeros_like(source)
+    torch_a = torch.from_numpy(random_weights(4096, 4096, 0))
+    for run in (lambda: multiply(a), lambda: torch_a @ torch_a):
+        run()
+    return {
+        "multiply_adds": 4096**3 / min(timed(lambda: multiply(a)).seconds for _ in range(5)),
+        "copied_bytes": source.nbytes / min(timed(lambda: np.copyto(target, source)).seconds for _ in range(5)),
+        "torch_multiply_adds": 4096**3 / min(timed(lambda: torch_a @ torch_a).seconds for _ in range(5)),
+    }
+
+
+def factor_multiply_adds(k: int) -> int:
+    """Of the factorization by halves, `2/3 K^3`: four products of halves, twice a factorization of half the size."""
+    if k <= _DIRECT:
+        return 2 * k**3 // 3  # Cholesky K^3/6, and a triangular solve with K^3/2
+    half, rest = k // 2, k - k // 2
+    return 2 * half * rest * k + factor_multiply_adds(half) + factor_multiply_adds(rest)
+
+
+def floors(k: int, n: int, speed: dict[str, float]) -> dict[str, dict[str, float]]:
+    """The least seconds of each part of a solve, from what it multiplies and from what it must move."""
+    block = solver_block(k, GROUP)
+    inside = k * n * (block + _STEP)  # a step of 32 rows multiplies with the whole block, and a row with its step
+    parts = {
+        "ordering": {"bytes": 4.0 * k * k},
+        "factorization": {"multiply_adds": float(factor_multiply_adds(k))},
+        "loop": {"multiply_adds": float(k * (k - block) // 2 * n + inside)},
+        "losses": {"multiply_adds": 2.0 * k * k * n},
+    }
+    for part in parts.values():
+        multiplies, moves = part.get("multiply_adds", 0) / speed["multiply_adds"], part.get("bytes", 0) / speed["copied_bytes"]
+        part["floor_seconds"] = multiplies + moves
+    return parts
+
+
+def solve_tiles(w_kn: jax.Array, prepared: Prepared, config: QuantizeConfig) -> list[Solution]:
+    """All columns on one Hessian, in tiles as the whole job cuts them."""
+    n = w_kn.shape[1]
+    columns = tile_columns((n,))
+    return [solve_columns(w_kn[:, start : start + columns], prepared, config) for start in range(0, n, columns)]
+
+
+def jgptq_round(problem: Problem, config: QuantizeConfig) -> dict[str, Any]:
+    """One solve of ours, its two programs timed apart."""
+    h_kk, w_kn = jax.block_until_ready((jnp.asarray(problem.h_kk), jnp.asarray(problem.w_kn)))
+    prepared = timed(lambda: prepare(h_kk, config))
+    tiles = timed(lambda: solve_tiles(w_kn, prepared.value, config))
+    assert all(int(tile.outcome) == 0 for tile in tiles.value), [int(tile.outcome) for tile in tiles.value]
+    return {
+        "seconds": prepared.seconds + tiles.seconds,
+        "prepare": prepared.seconds,
+        "solve_columns": tiles.seconds,
+        "cpu_seconds": prepared.cpu_seconds + tiles.cpu_seconds,
+        "codes_kn": np.concatenate([tile.codes_kn for tile in tiles.value], axis=1),
+        "values_kn": np.concatenate([tile.dequantize() for tile in tiles.value], axis=1),
+        "loss": sum(_total(tile.loss_n) for tile in tiles.value),
+        "rtn_loss": sum(_total(tile.rtn_loss_n) for tile in tiles.value),
+    }
+
+
+def torch_round(problem: Problem) -> dict[str, Any]:
+    """One run of the published loop, and of the losses beside it."""
+    h_kk, w_nk = torch.from_numpy(problem.h_kk), torch.from_numpy(problem.w_kn).T.contiguous()
+    solved = timed(lambda: peer_torch_loop.fasterquant(w_nk, h_kk, bits=BITS, group_size=GROUP))
+    both = timed(lambda: peer_torch_loop.losses(w_nk, h_kk, solved.value, bits=BITS))
+    return {
+        "seconds": solved.seconds,
+        "losses": both.seconds,
+        "cpu_seconds": solved.cpu_seconds,
+        "codes_kn": solved.value.codes(BITS).T.numpy(),
+        "values_kn": solved.value.values().T.numpy(),
+        "rtn_loss": float(both.value[1].double().sum()),
+    }
+
+
+def compare(k: int, n: int, rounds: int, speed: dict[str, float]) -> dict[str, Any]:
+    """Rounds of ours and of torch in turn, on new weights each, and the parts of our solve beside their floors."""
+    config, h_kk = plain_config(), random_hessian(k)
+    warm = Problem(h_kk, random_weights(k, n, 0))
+    jgptq_round(warm, config)
+    torch_round(Problem(random_hessian(256), random_weights(256, 256, 0)))
+    entries, compiled = [], 0
+    for number in range(rounds):
+        problem = Problem(h_kk, random_weights(k, n, 1 + number))
+        with Compilations() as seen:
+            ours = jgptq_round(problem, config)
+        compiled += seen.count
+        theirs = torch_round(problem)
+        loss_of = [_loss(problem, found.pop("values_kn")) for found in (ours, theirs)]
+        entries.append(
+            {
+                "times_as_fast": theirs["seconds"] / ours["seconds"],
+                "times_as_fast_both_with_losses": (theirs["seconds"] + theirs["losses"]) / ours["seconds"],
+                "equal_codes": float(np.mean(ours.pop("codes_kn") == theirs.pop("codes_kn"))),
+                "loss_over_torch": loss_of[0] / loss_of[1],
+                "rtn_loss_over_torch": ours["rtn_loss"] / theirs["rtn_loss"],
+                "reported_loss_over_recomputed": ours["loss"] / loss_of[0],
+                "jgptq": ours,
+                "torch": theirs,
+            }
+        )
+        _show_round(k, n, number, entries[-1])
+    assert compiled == 0, f"{compiled} compilations in rounds that only changed the weights"
+    parts = _parts(warm, config, entries, speed)
+    _show_parts(parts)
+    searched = [jgptq_round(warm, dataclasses.replace(config, scale="hessian")) for _ in range(2)][1]["seconds"]
+    print(f"with scales searched, the default: {searched:.2f} s", flush=True)
+    medians = {name: statistics.median(entry[name] for entry in entries) for name in entries[0] if "times" in name}
+    return {
+        "k": k,
+        "n": n,
+        "group_size": GROUP,
+        "median": medians,
+        "parts": parts,
+        "compiled_in_rounds": compiled,
+        "rounds": entries,
+    }
+
+
+def _total(loss_n: jax.Array) -> float:
+    return float(np.asarray(loss_n, np.float64).sum())
+
+
+def _loss(problem: Problem, values_kn: np.ndarray) -> float:
+    return _total(output_loss(jnp.asarray(problem.w_kn - values_kn), jnp.asarray(problem.h_kk)))
+
+
+def _parts(problem: Problem, config: QuantizeConfig, entries: list[dict[str, Any]], speed: dict[str, float]) -> dict[str, Any]:
+    """Seconds of each part, medians: ordering, factorization and one loss alone; the loop is what is left of its program."""
+    h_kk, w_kn = jnp.asarray(problem.h_kk), jnp.asarray(problem.w_kn)
+    order_k = jnp.asarray(np.random.default_rng(0).permutation(h_kk.shape[0]))
+    ordered = jax.jit(lambda h_kk, order_k: h_kk[order_k[:, None], order_k[None, :]])
+    factored, lost = jax.jit(damped_inverse_factor, static_argnums=1), jax.jit(output_loss)
+    seconds = {
+        "ordering": _median_seconds(lambda: ordered(h_kk, order_k), len(entries)),
+        "factorization": _median_seconds(lambda: factored(h_kk, config.damping), len(entries)),
+        "losses": 2 * _median_seconds(lambda: lost(w_kn, h_kk), len(entries)),
+    }
+    seconds["loop"] = statistics.median(entry["jgptq"]["solve_columns"] for entry in entries) - seconds["losses"]
+    return {name: {**part, "seconds": seconds[name]} for name, part in floors(*w_kn.shape, speed).items()}
+
+
+def _median_seconds(run: Callable[[], Any], times: int) -> float:
+    jax.block_until_ready(run())
+    return statistics.median(timed(run).seconds for _ in range(times))
+
+
+def compile_times(shapes: dict[tuple[int, int], int]) -> list[dict[str, Any]]:
+    """Tracing and compiling of both programs for each shape, with empty caches; then two matrices, of which one may compile."""
+    found = []
+    for (k, n), group in shapes.items():
+        config = plain_config(group)
+        columns = tile_columns((n,))
+        jax.clear_caches()
+        h_kk, w_kn = jax.ShapeDtypeStruct((k, k), jnp.float32), jax.ShapeDtypeStruct((k, columns), jnp.float32)
+        first = timed(lambda h=h_kk, c=config: prepare.lower(h, c).compile())
+        prepared = jax.eval_shape(lambda h, c=config: prepare(h, c), h_kk)
+        second = timed(lambda w=w_kn, p=prepared, c=config: solve_columns.lower(w, p, c).compile())
+        entry = {"k": k, "n": n, "group_size": group, "prepare": first.seconds, "solve_columns": second.seconds}
+        entry["seconds"] = first.seconds + second.seconds
+        if k <= SECOND_SOLVED:
+            entry |= _compilations_of_two(k, n, config)
+        print("compile", {name: round(value, 2) for name, value in entry.items()}, flush=True)
+        found.append(entry)
+    return found
+
+
+def _compilations_of_two(k: int, n: int, config: QuantizeConfig) -> dict[str, int]:
+    """Compilations that the first and the second matrix of a shape need, Hessian and weights being new."""
+    jax.clear_caches()
+    counts = []
+    for seed in (1, 2):
+        problem = Problem(random_hessian(k) * np.float32(seed), random_weights(k, n, seed))
+        with Compilations() as seen:
+            h_kk, w_kn = jnp.asarray(problem.h_kk), jnp.asarray(problem.w_kn)
+            jax.block_until_ready(solve_tiles(w_kn, prepare(h_kk, config), config))
+        counts.append(seen.count)
+    assert counts[0] > 0, "compilations are not counted: this version of JAX names the event otherwise"
+    assert counts[1] == 0, f"a second matrix compiled {counts[1]} programs"
+    return {"compiled_by_first": counts[0], "compiled_by_second": counts[1]}
+
+
+def _show_round(k: int, n: int, number: int, entry: dict[str, Any]) -> None:
+    ours, theirs = entry["jgptq"], entry["torch"]
+    print(
+        f"K={k} N={n} round {number}: jgptq {ours['seconds']:.2f} s (prepare {ours['prepare']:.2f}), "
+        f"torch {theirs['seconds']:.2f} s and losses {theirs['losses']:.2f} s: {entry['times_as_fast']:.2f} times as fast, "
+        f"{entry['times_as_fast_both_with_losses']:.2f} with losses in both; "
+        f"equal codes {entry['equal_codes']:.4f}, loss {entry['loss_over_torch']:.5f} of torch's",
+        flush=True,
+    )
+
+
+def _show_parts(parts: dict[str, Any]) -> None:
+    print(f"{'part':16}{'seconds':>10}{'floor':>10}{'of floor':>10}")
+    for name, part in parts.items():
+        print(f"{name:16}{part['seconds']:10.2f}{part['floor_seconds']:10.2f}{part['seconds'] / part['floor_seconds']:10.2f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=["square", "wide", "compile"], default=["square", "wide", "compile"])
+    parser.add_argument("--square", type=int, nargs=2, default=[4096, 4096], metavar=("K", "N"))
+    parser.add_argument("--wide", type=int, nargs=2, default=[14336, 4096], metavar=("K", "N"))
+    parser.add_argument("--rounds", type=int, default=3, help="of square")
+    parser.add_argument("--wide-rounds", type=int, default=2)
+    parser.add_argument("--name", default="solver_cpu", help="name of the result")
+    args = parser.parse_args()
+    load = os.getloadavg()[0]
+    if load > BUSY:
+        print(f"the load of the last minute is {load:.1f}: ratios measured on a busy machine mean nothing", flush=True)
+    speed = speeds()
+    print({name: f"{value / 1e9:.1f}e9 a second" for name, value in speed.items()}, flush=True)
+    result: dict[str, Any] = {**circumstances(), "torch": torch.__version__, "torch_threads": torch.get_num_threads()}
+    result |= {"load_before": load, "bits": BITS, "limits": {**LIMITS, "compile_seconds": COMPILE_LIMIT}, "speeds": speed}
+    if "square" in args.only:
+        result["square"] = compare(*args.square, args.rounds, speed)
+    if "wide" in args.only:
+        result["wide"] = compare(*args.wide, args.wide_rounds, speed)
+    if "compile" in args.only:
+        result["compile"] = compile_times(COMPILE_SHAPES)
+    print("wrote", write_result(args.name, result))
+    for name in ("square", "wide"):
+        if name in result:
+            print(f"{name}: {result[name]['median']['times_as_fast']:.2f} times as fast, limit {LIMITS[name]}")
+    if "compile" in result:
+        print(f"compile: at most {max(entry['seconds'] for entry in result['compile']):.1f} s, limit {COMPILE_LIMIT}")
+
+
+if __name__ == "__main__":
+    main()
