@@ -48,7 +48,16 @@ def main() -> None:
         model = random_llama(work / "model", **MODEL)
         tokens = random_tokens(work / "tokens.npy", SAMPLES, SEQ_LEN, MODEL["vocab"])
         result = work / "result.json"
-        ours = [sys.executable, str(HERE / "job_jgptq.py"), str(model), str(tokens), str(work / "ours"), str(result)]
+        ours = [
+            sys.executable,
+            str(HERE / "job_jgptq.py"),
+            str(model),
+            str(tokens),
+            str(work / "ours"),
+            str(result),
+            "--preset",
+            "fast",
+        ]
         peer = [args.peer_python, str(HERE / "peer_gptqmodel.py"), str(model), str(tokens), str(work / "peer"), str(result)]
         peer += ["--batch-size", str(args.peer_batch)]
         commands = {"jgptq": ours} if args.no_peer else {"jgptq": ours, "gptqmodel": peer}

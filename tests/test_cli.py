@@ -53,6 +53,24 @@ def test_quantize_then_eval(model: Path, calib: str, tmp_path: Path):
     assert re.match(r"perplexity \d+\.\d+ over 383 tokens", output)
 
 
+def test_options_beside_a_preset_win_over_it_and_every_one_is_reachable(tmp_path: Path, model: Path, calib: Path):
+    options = {"--preset": "best", "--tune": 1, "--refine": 1, "--scale": "mse", "--order": "static", "--method": "gptq"}
+    options |= {"--target-shift": 0.5, "--residual-shift": 0.25, "--damping": 0.02}
+    flags = [part for option in options.items() for part in option]
+    code, output = quantize(model, tmp_path / "out", calib, *flags, "--refit", "--float64")
+    assert code == 0, output
+    assert "tuning: divergence from the float model" in output
+    report = json.loads((tmp_path / "out" / "quantize_report.json").read_text())
+    assert report["tuning"]["steps"] == 1
+    for name, value in options.items():
+        if name != "--preset":
+            assert report["config"][name.lstrip("-").replace("-", "_")] == value
+    assert report["config"]["refit"] is report["config"]["float64"] is True
+    code, output = quantize(model, tmp_path / "other", calib, "--preset", "slow")
+    assert code == 1
+    assert "preset must be one of ('fast', 'balanced', 'best')" in output
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -303,7 +303,10 @@ def test_gptaq_is_its_loop_one_row_at_a_time(problem: Problem):
     assert_solves(solved("gptaq", problem), expected_kn, target(problem, 0.75, 0.0, DAMPING), problem.h_kk)
 
 
-@pytest.mark.parametrize("first", ["quantized", "float"])
+AS_PUBLISHED = pytest.param("quantized", marks=pytest.mark.xfail(strict=True, reason="the first code holds later rows on X_f"))
+
+
+@pytest.mark.parametrize("first", [AS_PUBLISHED, "float"])
 def test_qronos_is_least_squares_at_every_step(small: Problem, first: str):
     """At least 99% of the codes, all of the first row, and the loss to a thousandth."""
     used, found = config("qronos"), solved("qronos", small)

@@ -121,7 +121,7 @@ def refit_grid(
     Returns:
       The grid with the least loss among those whose scale is a positive float16; the present one where none is better.
     """
-    present = grid.scale_n[None] * (codes_rn - grid.zero_n[None])
+    present = _on_grid(codes_rn, grid)
     h_codes_rn, h_ones_r = _product(h_rr, codes_rn), jnp.sum(h_rr, axis=1)
     pull_rn = gradient_rn + _product(h_rr, present)
     cc_n, c1_n, ones = jnp.sum(codes_rn * h_codes_rn, 0), jnp.sum(codes_rn * h_ones_r[:, None], 0), jnp.sum(h_ones_r)
@@ -202,7 +202,7 @@ def _refit_groups(codes_bn: jax.Array, grid: Grid, gradient_bn: jax.Array, h_bb:
         codes_rn, gradient_rn = (jax.lax.dynamic_slice_in_dim(a, start, part) for a in (codes_bn, gradient_bn))
         old = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, group, keepdims=False), grid)
         new = refit_grid(codes_rn, old, gradient_rn, jax.lax.dynamic_slice(h_bb, (start, start), (part, part)), bits, sym)
-        moved_rn = new.scale_n * (codes_rn - new.zero_n) - old.scale_n * (codes_rn - old.zero_n)
+        moved_rn = _on_grid(codes_rn, new) - _on_grid(codes_rn, old)
         gradient_bn = gradient_bn - _product(jax.lax.dynamic_slice_in_dim(h_bb, start, part, axis=1), moved_rn)
         grid = jax.tree.map(lambda a, one: jax.lax.dynamic_update_index_in_dim(a, one, group, 0), grid, new)
         return grid, gradient_bn
@@ -218,10 +218,15 @@ def _refit_wide(
     codes_rn, gradient_rn = (jax.lax.dynamic_slice_in_dim(a, start, rows) for a in (found.codes_kn, gradient_kn))
     old = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, group, keepdims=False), found.grid)
     new = refit_grid(codes_rn, old, gradient_rn, jax.lax.dynamic_slice(h_kk, (start, start), (rows, rows)), bits, sym)
-    moved_rn = new.scale_n * (codes_rn - new.zero_n) - old.scale_n * (codes_rn - old.zero_n)
+    moved_rn = _on_grid(codes_rn, new) - _on_grid(codes_rn, old)
     gradient_kn = gradient_kn - _product(jax.lax.dynamic_slice_in_dim(h_kk, start, rows, axis=1), moved_rn)
     grid = jax.tree.map(lambda a, one: jax.lax.dynamic_update_index_in_dim(a, one, group, 0), found.grid, new)
     return found._replace(grid=grid), gradient_kn
+
+
+def _on_grid(codes_rn: jax.Array, grid: Grid) -> jax.Array:
+    """`scale * (code - zero)`, of rows on one grid."""
+    return grid.scale_n[None] * (codes_rn - grid.zero_n[None])
 
 
 def _points(codes_kn: jax.Array, grid: Grid) -> jax.Array:

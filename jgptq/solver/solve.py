@@ -130,7 +130,7 @@ def solve_columns(
     rows = group_rows(w_kn.shape[0], config.group_size)
     diag_k = diagonal(prepared.h_kk)
     rounded = round_to_nearest(w_kn, config, diag_k[inverse_permutation(rows_k)])
-    off_kn = (w_kn - rounded.dequantize())[rows_k]
+    off_kn = (w_kn - rounded.dequantize().astype(w_kn.dtype))[rows_k]
     if config.method == "rtn":
         loss_n = output_loss(off_kn, prepared.h_kk)
         outcome = jnp.where(prepared.outcome == Outcome.NONFINITE_HESSIAN, prepared.outcome, rounded.outcome)
@@ -138,10 +138,10 @@ def solve_columns(
     if prepared.u_kk is None:
         raise ValueError("the Hessian was prepared for round-to-nearest; prepare it with the config of this solve")
     sequence_kn = w_kn[rows_k]
-    target_kn = _target(sequence_kn, prepared, config, None if residual_kn is None else residual_kn[rows_k])
+    target_kn = _target(sequence_kn, prepared, config, None if residual_kn is None else residual_kn[rows_k].astype(w_kn.dtype))
     found = _improved(_compensated(sequence_kn, target_kn, prepared, config), target_kn, prepared, rows, config)
     solution = in_file_order(found, prepared.order, rows, config)
-    codes_off_kn = target_kn - solution.dequantize()[rows_k]
+    codes_off_kn = target_kn - solution.dequantize()[rows_k].astype(target_kn.dtype)
     return diagnose(
         solution._replace(
             loss_n=output_loss(codes_off_kn, prepared.h_kk),
@@ -249,7 +249,9 @@ def _improved(found: Compensated, target_kn: jax.Array, prepared: Prepared, rows
         return Refined(codes_kn, found.grid)
     # The target is that of the damped least squares: without the damping, directions that hardly any token spans would be
     # fitted to those few.
-    h_kk = prepared.h_kk + added_damping(diagonal(prepared.h_kk), prepared.damping) * jnp.eye(target_kn.shape[0])
+    h_kk = prepared.h_kk + added_damping(diagonal(prepared.h_kk), prepared.damping) * jnp.eye(
+        target_kn.shape[0], dtype=target_kn.dtype
+    )
     improve = functools.partial(refine, rows=rows, rounds=rounds, sweeps=sweeps, bits=config.bits, sym=config.sym)
     if config.order != "static":
         return improve(codes_kn, found.grid, target_kn, h_kk)
