@@ -150,19 +150,15 @@ def augmented(w_kn: np.ndarray, x_tk: np.ndarray, goal_tn: np.ndarray, damping: 
     return np.concatenate([x_tk, root * np.eye(len(w_kn))]), np.concatenate([goal_tn, root * w_kn])
 
 
-def qronos(
-    w_kn: np.ndarray, x_tk: np.ndarray, float_tk: np.ndarray, grids: Grid, bits: int, damping: float, first_tk: np.ndarray
-) -> np.ndarray:
+def qronos(w_kn: np.ndarray, x_tk: np.ndarray, float_tk: np.ndarray, grids: Grid, bits: int, damping: float) -> np.ndarray:
     """Qronos (arXiv 2505.11695), by its definition: each code is the nearest to what makes up best for the error so far, with the
-    rows after it held, and then the rows after it are set anew by least squares.
-
-    The rows after the first are held on `first_tk` when its code is chosen: the quantized inputs, in the paper's implementation.
+    rows after it held, and then the rows after it are set anew by least squares. The first is chosen without the damping.
     """
     a, goal = augmented(w_kn, x_tk, float_tk @ w_kn, damping)
     w, out = w_kn.astype(np.float64).copy(), np.empty(w_kn.shape)
     for k in range(len(w)):
         if k == 0:
-            best = x_tk[:, 0] @ (float_tk @ w_kn - first_tk[:, 1:] @ w_kn[1:]) / (x_tk[:, 0] @ x_tk[:, 0])
+            best = x_tk[:, 0] @ (float_tk @ w_kn - x_tk[:, 1:] @ w_kn[1:]) / (x_tk[:, 0] @ x_tk[:, 0])
         else:
             best = a[:, k] @ (goal - a[:, :k] @ out[:k] - a[:, k + 1 :] @ w[k + 1 :]) / (a[:, k] @ a[:, k])
         out[k] = nearest(best, (grids[0][k], grids[1][k]), bits)

@@ -20,15 +20,9 @@ K, N, T = 192, 12, 300
 DAMPING = 2.0**-6
 
 
-@pytest.fixture(autouse=True)
-def _ranks() -> Iterator[None]:
-    with jax.numpy_rank_promotion("allow"):
-        yield
-
-
 @contextlib.contextmanager
 def double() -> Iterator[None]:
-    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+    with jax.enable_x64(True):
         yield
 
 

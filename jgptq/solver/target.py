@@ -69,9 +69,9 @@ def qronos_start(
 ) -> Float[jax.Array, "K N"]:
     """Where Qronos' loop begins (arXiv 2505.11695, algorithm 1 in the form of its theorem on GPTQ-like updates).
 
-    Its first code is chosen with the rows after it still at their float values, so that it corrects row 0 for its own input
-    alone, `w_0 <x_0, x_f0> / <x_0, x_0>`; all rows after it then follow by least squares, and from there on it is GPTQ on the
-    shifted target. Moving row 0 of that target there, and the others as conditional least squares demands, says the same.
+    Its first code is chosen with the rows after it still at their float values, `w_0 + <x_0, (X_f - X) w> / <x_0, x_0>`; all rows
+    after it then follow by least squares, and from there on it is GPTQ on the shifted target. Moving row 0 of that target there,
+    and the others as conditional least squares demands, says the same.
 
     Args:
       w_kn: the kernel `[K, N]`.
@@ -85,8 +85,8 @@ def qronos_start(
       What `compensate` starts from, in place of W'.
     """
     live = h_kk[0, 0] > 0
-    ratio = jnp.where(live, alpha * drift_kk[0, 0] / jnp.where(live, h_kk[0, 0], 1.0), 0.0)
-    first_n = w_kn[0] * (1.0 + ratio)
+    pull_n = alpha * _product(drift_kk[:1], w_kn)[0]
+    first_n = w_kn[0] + jnp.where(live, pull_n / jnp.where(live, h_kk[0, 0], 1.0), 0.0)
     moved_n = (target_kn[0] - first_n) / u_kk[0, 0]
     return target_kn - u_kk[0][:, None] * moved_n[None]
 
