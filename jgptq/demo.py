@@ -41,7 +41,7 @@ def sources(model: str, calib: str | None, data: str | None) -> tuple[str | list
 def compare(
     params: Decoder, calib: np.ndarray, tokens: np.ndarray, seq_len: int, group_size: int, bits: Sequence[int]
 ) -> Iterator[tuple[Variant, Decoder]]:
-    """Evaluates the float model, then round-to-nearest and GPTQ at every width.
+    """Evaluates the float model, then round-to-nearest and GPTQ at every width, with preset "fast".
 
     Args:
       params: the float decoder.
@@ -59,7 +59,7 @@ def compare(
     for width in bits:
         for method, used in (("rtn", None), ("gptq", calib)):
             started = time.monotonic()
-            quantized, _ = quantize(params, used, bits=width, group_size=group_size, method=method)
+            quantized, _ = quantize(params, used, preset="fast", bits=width, group_size=group_size, method=method)
             seconds = time.monotonic() - started
             yield _variant(str(width), method.upper(), quantized, tokens, seq_len, seconds), quantized
 
