@@ -38,7 +38,7 @@ def same_leaves(left, right) -> bool:
 def test_every_linear_is_solved_on_what_the_quantized_layers_before_it_produce():
     """A forward pass by hand, layer by layer over all samples at once, gives the driver's codes."""
     params, calib = tiny.decoder(), tiny.tokens()
-    quantized, _ = jgptq.quantize(params, calib, **SETTINGS)
+    quantized, _ = jgptq.quantize(params, calib, preset="fast", **SETTINGS)
     carry = Carry(params.embed(jnp.asarray(calib)))
     for block, packed in zip(params.layers, quantized.layers, strict=True):
         for stage, done in zip(block.stages(), packed.stages(), strict=True):
@@ -160,7 +160,7 @@ def test_tokens_that_cannot_be_used_are_refused(calib: np.ndarray, message: str)
 
 
 def test_unknown_settings_are_refused_with_those_known():
-    with pytest.raises(ConfigError, match="unknown settings groupsize; known are bits, group_size"):
+    with pytest.raises(ConfigError, match="unknown settings groupsize; known are preset, bits, group_size"):
         jgptq.quantize(tiny.decoder(), tiny.tokens(), groupsize=32)
     with pytest.raises(ConfigError, match="not both"):
         jgptq.quantize(tiny.decoder(), tiny.tokens(), config=jgptq.QuantizeConfig(), bits=3)

@@ -192,7 +192,7 @@ EXPECTED = {
 @pytest.fixture(scope="module")
 def mixed():
     """A run with all kinds of rules, on GPTQ."""
-    return jgptq.quantize(tiny.decoder(), tiny.tokens(), group_size=32, rules=MIXED, lm_head=True)
+    return jgptq.quantize(tiny.decoder(), tiny.tokens(), preset="fast", group_size=32, rules=MIXED, lm_head=True)
 
 
 def test_every_linear_is_solved_with_its_own_settings_on_what_it_really_reads(mixed):
