@@ -18,7 +18,7 @@ class LinearReport:
     outcome: str  # name of an `Outcome`, or KEPT_FLOAT
     bits: int | None = None  # of a weight; None where it stays float
     note: str = ""  # the diagnosis in words, empty where there is nothing to say
-    loss: float | None = None  # tr(dW^T H dW) over the calibration tokens; None where it was not measured
+    loss: float | None = None  # tr(dW^T H dW) against the solve's target, before any tuning; None where it was not measured
     rtn_loss: float | None = None  # the same for round-to-nearest on the same kind of grid
     damping: float | None = None  # fraction of the Hessian's mean diagonal that was added
     tokens: int = 0  # calibration tokens in the Hessian
