@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, Literal, cast, get_args
 
 from jgptq.config import QuantizeConfig
@@ -25,6 +26,21 @@ _FUSED = {
 """What readers that fuse linears call them: a rule that skips one must match the fused name as well."""
 
 HEAD = "lm_head"
+
+_UNKNOWN_ELSEWHERE: Mapping[str, Any] = MappingProxyType(
+    {
+        "method": "gptq",
+        "order": "none",
+        "scale": None,
+        "target_shift": 0.0,
+        "residual_shift": 0.0,
+        "refine": 0,
+        "refit": False,
+        "tune": 0,
+        "float64": False,
+    }
+)
+"""Settings of a run that no reader needs, kept in `meta`; and what is assumed of a folder that another writer made: plain GPTQ."""
 
 
 def check_format(file_format: str, config: QuantizeConfig) -> Format:
@@ -69,9 +85,8 @@ def quantization_config(
         "meta": {
             "quantizer": [f"jgptq:{VERSION}"],
             "damp_percent": config.damping,
-            "method": config.method,
-            "order": config.order,
-            "static_groups": False,
+            **{name: getattr(config, name) for name in _UNKNOWN_ELSEWHERE},
+            "static_groups": config.order == "static",
             "true_sequential": True,
             "rules": rules_to_dynamic(config.rules),
         },
@@ -116,8 +131,7 @@ def read_settings(quantization: Mapping[str, Any]) -> QuantizeConfig:
             bits=quantization["bits"],
             group_size=quantization["group_size"],
             sym=quantization.get("sym", True),
-            order="group" if meta.get("order") == "group" else "none",
-            method="rtn" if meta.get("method") == "rtn" else "gptq",
+            **{name: meta.get(name, value) for name, value in _UNKNOWN_ELSEWHERE.items()},
             damping=meta.get("damp_percent") or QuantizeConfig.damping,
             rules=stored_rules(quantization.get("dynamic")) if own is None else rules_from_dynamic(own),
             lm_head=bool(quantization.get("lm_head", False)),

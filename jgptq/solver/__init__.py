@@ -1,7 +1,8 @@
 """Quantization of one linear: arrays in, arrays out."""
 
 from jgptq.solver.outcome import Outcome
-from jgptq.solver.solve import Prepared, Solution, output_loss, prepare, round_to_nearest, solve, solve_columns, solve_many
+from jgptq.solver.solution import Solution, output_loss, round_to_nearest
+from jgptq.solver.solve import Prepared, prepare, solve, solve_columns, solve_many
 
 __all__ = [
     "Outcome",

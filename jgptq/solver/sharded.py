@@ -15,7 +15,8 @@ from jgptq.solver.order import RowOrder, row_order
 from jgptq.solver.outcome import Outcome
 from jgptq.solver.slab_cholesky import damped_inverse_slabs, slab_diagonal
 from jgptq.solver.slabs import Slabs, chunk_rows, gathered_rows, on_all_devices, on_slabs
-from jgptq.solver.solve import Solution, diagnose, factor_outcome, in_file_order, quantize_rows, round_to_nearest
+from jgptq.solver.solution import Solution, diagnose, round_to_nearest
+from jgptq.solver.solve import factor_outcome, in_file_order, quantize_rows
 
 
 class ShardedPrepared(NamedTuple):

@@ -1,7 +1,6 @@
 """One linear's solve: weights and a Hessian in, codes, scales and a diagnosis out."""
 
 import functools
-import itertools
 from typing import NamedTuple
 
 import jax
@@ -9,39 +8,15 @@ import jax.numpy as jnp
 
 from jgptq.config import QuantizeConfig, group_rows
 from jgptq.errors import ConfigError
-from jgptq.notation import Bool, Float, Int, UInt8
+from jgptq.notation import Bool, Float, Int
 from jgptq.solver.cholesky import Factor, added_damping, all_finite, damped_inverse_factor, diagonal
 from jgptq.solver.compensate import Compensated, Rows, compensate
-from jgptq.solver.grid import nearest_codes, search_grid
+from jgptq.solver.grid import search_grid
 from jgptq.solver.order import RowOrder, inverse_permutation, row_order
 from jgptq.solver.outcome import Outcome
 from jgptq.solver.refine import SWEEPS, Refined, refine
+from jgptq.solver.solution import Solution, diagnose, output_loss, round_to_nearest
 from jgptq.solver.target import gptaq_drift, in_sequence, qronos_start, shifted_target
-
-_PANELS = 4  # of the Hessian in a loss: those below the diagonal mirror those above, and are not multiplied
-_LANES = 8
-
-
-class Solution(NamedTuple):
-    """The quantized linear, in file order."""
-
-    codes_kn: UInt8[jax.Array, "K N"]  # unsigned codes
-    scale_gn: Float[jax.Array, "G N"]  # float16
-    zero_gn: Int[jax.Array, "G N"]  # int32
-    group_k: Int[jax.Array, " K"] | None  # int32, the group of each row; None where groups are runs of rows of the file
-    loss_n: Float[jax.Array, " N"]  # dW^T H dW of each column, with the undamped H, against the target of the solve
-    rtn_loss_n: Float[jax.Array, " N"]  # the same for round-to-nearest on the same kind of grid
-    damping: Float[jax.Array, ""]  # fraction of the mean diagonal that was added
-    outcome: Int[jax.Array, ""]  # an `Outcome`
-
-    def dequantize(self) -> Float[jax.Array, "K N"]:
-        """`scale * (code - zero)`, float32."""
-        k, n = self.codes_kn.shape
-        codes_kn, scale_gn = self.codes_kn.astype(jnp.int32), self.scale_gn.astype(jnp.float32)
-        if self.group_k is not None:
-            return (codes_kn - self.zero_gn[self.group_k]).astype(jnp.float32) * scale_gn[self.group_k]
-        codes_grn = codes_kn.reshape(scale_gn.shape[0], -1, n)
-        return ((codes_grn - self.zero_gn[:, None, :]).astype(jnp.float32) * scale_gn[:, None, :]).reshape(k, n)
 
 
 class Prepared(NamedTuple):
@@ -280,64 +255,6 @@ def in_file_order(found: Refined | Compensated, order: RowOrder, rows: int, conf
         damping=jnp.float32(0),
         outcome=jnp.int32(Outcome.SOLVED),
     )
-
-
-@functools.partial(jax.jit, static_argnames="config")
-def round_to_nearest(
-    w_kn: Float[jax.Array, "K N"], config: QuantizeConfig, weight_k: Float[jax.Array, " K"] | None = None
-) -> Solution:
-    """Rounds every weight to the nearest point of its group's grid: the baseline.
-
-    Args:
-      w_kn: `[K, N]`; K a multiple of the group size.
-      config: bits, group size and grid.
-      weight_k: the diagonal of H, for scales that are searched with it; otherwise it needs no Hessian.
-
-    Returns:
-      The solution; its losses are NaN, for they cannot be known without a Hessian.
-
-    Raises:
-      ConfigError: the search of scales needs the diagonal of a Hessian, and there is none.
-    """
-    search = config.grid_search
-    if search == "hessian" and weight_k is None:
-        raise ConfigError("scale 'hessian' needs calibration tokens; give them, or scale 'mse' or 'minmax'")
-    rows = group_rows(w_kn.shape[0], config.group_size)
-    w_grn = w_kn.reshape(-1, rows, w_kn.shape[1])
-    weight_gr = None if weight_k is None else weight_k.reshape(-1, rows)
-    grid = search_grid(w_grn, weight_gr, bits=config.bits, sym=config.sym, scale=search)
-    unknown_n = jnp.full((w_kn.shape[1],), jnp.nan, jnp.float32)
-    solution = Solution(
-        codes_kn=nearest_codes(w_grn, grid, config.bits).astype(jnp.uint8).reshape(w_kn.shape),
-        scale_gn=grid.scale_n.astype(jnp.float16),
-        zero_gn=grid.zero_n.astype(jnp.int32),
-        group_k=None,
-        loss_n=unknown_n,
-        rtn_loss_n=unknown_n,
-        damping=jnp.float32(0),
-        outcome=jnp.int32(Outcome.ROUNDED),
-    )
-    return diagnose(solution, w_kn)
-
-
-def output_loss(dw_kn: Float[jax.Array, "K N"], h_kk: Float[jax.Array, "K K"]) -> Float[jax.Array, " N"]:
-    """`dW^T H dW` of each column: the mean squared change of its output over the calibration tokens, times two."""
-    k = dw_kn.shape[0]
-    loss_n = jnp.zeros((dw_kn.shape[1],), dw_kn.dtype)
-    bounds = [k * i // _PANELS for i in range(_PANELS + 1)]
-    product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-    for start, stop in itertools.pairwise(bounds):
-        dw_pn = dw_kn[start:stop]
-        half_pn = product(0.5 * h_kk[start:stop, start:stop], dw_pn) + product(h_kk[start:stop, stop:], dw_kn[stop:])
-        # Summed as a product: XLA would fuse a sum with the products before it, and a CPU runs that at a fifth of their speed.
-        loss_n += product(jnp.full((_LANES, stop - start), 2.0, dw_kn.dtype), dw_pn * half_pn)[0]
-    return loss_n
-
-
-def diagnose(solution: Solution, w_kn: jax.Array) -> Solution:
-    """Overrides the outcome where the weights or the grid are not finite."""
-    outcome = jnp.where(all_finite(solution.scale_gn.astype(jnp.float32)), solution.outcome, Outcome.SCALE_OVERFLOW)
-    return solution._replace(outcome=jnp.where(all_finite(w_kn), outcome, Outcome.NONFINITE_WEIGHTS))
 
 
 def _checked_size(h_kk: jax.Array, drift_kk: jax.Array | None) -> int:
