@@ -40,7 +40,7 @@ _UNKNOWN_ELSEWHERE: Mapping[str, Any] = MappingProxyType(
         "float64": False,
     }
 )
-"""Settings of a run that no reader needs, kept in `meta`; and what is assumed of a folder that another writer made: plain GPTQ."""
+"""Settings of a run that no reader needs, kept in `meta`; and what another writer's folder is taken for: plain GPTQ."""
 
 
 def check_format(file_format: str, config: QuantizeConfig) -> Format:

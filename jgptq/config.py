@@ -146,6 +146,11 @@ class QuantizeConfig:
         return self.method != "rtn" or self.grid_search == "hessian" or self.tune > 0
 
     @property
+    def improves(self) -> bool:
+        """Whether codes or scales are moved again after the loop."""
+        return self.refit or self.refine > 0
+
+    @property
     def asymmetric(self) -> bool:
         """Whether a solve looks at the float model's activations beside the quantized ones."""
         return self.method != "rtn" and (self.target_shift > 0 or self.shifts_residual)

@@ -19,7 +19,7 @@ import numpy as np
 from jgptq.config import ROW_MULTIPLE, QuantizeConfig
 from jgptq.notation import Array, Float, Int
 from jgptq.packed import PackedTensor, pack
-from jgptq.solver import Prepared, prepare, round_to_nearest, solve_columns
+from jgptq.solver import Prepared, judge_columns, prepare, round_to_nearest
 from jgptq.solver.drift import StageSums, mean_drift
 from jgptq.solver.hessian import hessian
 
@@ -144,7 +144,7 @@ def _solve_tile(
     w_kn: jax.Array, prepared: Prepared | None, residual_kn: jax.Array | None, config: QuantizeConfig, dtype: jnp.dtype
 ) -> _Tile:
     """All that is computed for a tile between the Hessian's factor and the packed result, as one program."""
-    solution = round_to_nearest(w_kn, config) if prepared is None else solve_columns(w_kn, prepared, config, residual_kn)
+    solution = round_to_nearest(w_kn, config) if prepared is None else judge_columns(w_kn, prepared, config, residual_kn)
     packed = pack(
         solution.codes_kn,
         solution.scale_gn,
@@ -153,7 +153,8 @@ def _solve_tile(
         bits=config.bits,
         group_size=config.group_size,
     )
-    linear = SolvedLinear(packed, solution.loss_n, solution.rtn_loss_n)
+    rtn_loss_n = solution.loss_n if solution.rtn_loss_n is None else solution.rtn_loss_n
+    linear = SolvedLinear(packed, solution.loss_n, rtn_loss_n)
     return _Tile(linear, solution.dequantize().astype(dtype), solution.damping, solution.outcome)
 
 

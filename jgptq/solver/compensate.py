@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jgptq.config import ROW_MULTIPLE, QuantizeConfig
 from jgptq.notation import Float, Int, UInt8
 from jgptq.solver.grid import Grid, search_grid
+from jgptq.solver.triangular import product, transposed
 from pallas_kernels import gptq_block
 
 _MAX_BLOCK = 128
@@ -25,6 +26,7 @@ class Compensated(NamedTuple):
 
     codes_kn: UInt8[jax.Array, "K N"]
     grid: Grid  # [G, N]
+    loss_n: Float[jax.Array, " N"]  # sum of e_k^2: without a drift, dW^T (H + lambda) dW against where the loop began
 
 
 Rows = Callable[[jax.Array, int], Float[jax.Array, "B K"]]
@@ -37,6 +39,7 @@ class _State(NamedTuple):
     w_kn: jax.Array  # weights, each row current when its turn comes
     codes_kn: jax.Array  # uint8
     grid: Grid  # [G, N], filled as groups begin
+    loss_n: jax.Array
 
 
 def compensate(
@@ -65,7 +68,7 @@ def compensate(
       drift_rows: of GPTAQ's matrix, strictly upper; None for plain GPTQ.
 
     Returns:
-      Codes and grids.
+      Codes, grids, and the loss.
     """
     k, n = w_kn.shape
     block = solver_block(k, rows)
@@ -95,6 +98,7 @@ def compensate(
             jax.lax.dynamic_update_slice_in_dim(state.w_kn, w_bn, start, 0),
             jax.lax.dynamic_update_slice_in_dim(state.codes_kn, found.codes_rn, row, 0),
             grid,
+            state.loss_n + jnp.sum(jnp.square(found.error_rn), axis=0),
         )
         put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=step * _STEP, axis=0)
         return state, tuple(put(all_bn, part_rn) for all_bn, part_rn in zip(moved, new, strict=True))
@@ -114,9 +118,9 @@ def compensate(
         return state._replace(w_kn=jax.lax.fori_loop(index + 1, k // block, update, state.w_kn))
 
     empty = Grid(jnp.ones((k // rows, n), w_kn.dtype), jnp.zeros((k // rows, n), w_kn.dtype))
-    state = _State(w_kn, jnp.zeros((k, n), jnp.uint8), empty if fixed is None else fixed[0])
+    state = _State(w_kn, jnp.zeros((k, n), jnp.uint8), empty if fixed is None else fixed[0], jnp.zeros_like(w_kn[0]))
     state = jax.lax.fori_loop(0, k // block, run_block, state)
-    return Compensated(state.codes_kn, state.grid)
+    return Compensated(state.codes_kn, state.grid, state.loss_n)
 
 
 def solver_block(k: int, rows: int) -> int:
@@ -135,7 +139,5 @@ def _begin_group(state: _State, weight_k: jax.Array, row: jax.Array, rows: int, 
 
 def _spread(w_bn: jax.Array, factors: Sequence[jax.Array], moved: Sequence[jax.Array]) -> jax.Array:
     """`w - u^T e`, what the errors of R rows change in B later ones, and `+ p^T w_turn`, what GPTAQ's correction does."""
-    # Transposed behind a barrier: XLA would fold the transposition into the product, which a CPU then runs at half the speed.
-    transposed = [jax.lax.optimization_barrier(factor_rb.T) for factor_rb in factors]
-    products = [jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST) for a, b in zip(transposed, moved, strict=True)]
+    products = [product(transposed(factor_rb), moved_rn) for factor_rb, moved_rn in zip(factors, moved, strict=True)]
     return w_bn - products[0] if len(products) == 1 else w_bn - products[0] + products[1]

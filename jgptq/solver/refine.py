@@ -14,6 +14,7 @@ from jgptq.config import ROW_MULTIPLE
 from jgptq.notation import Float
 from jgptq.solver.compensate import solver_block
 from jgptq.solver.grid import Grid, storable
+from jgptq.solver.triangular import product
 
 _STEP = ROW_MULTIPLE
 SWEEPS = 2
@@ -82,7 +83,7 @@ def refine(
             lambda all_gn, new: jax.lax.dynamic_update_slice_in_dim(all_gn, new, start // rows, 0), found.grid, of_block
         )
         found = Refined(jax.lax.dynamic_update_slice_in_dim(found.codes_kn, codes_bn, start, 0), grid)
-        gradient_kn = gradient_kn - _product(jax.lax.dynamic_slice_in_dim(h_kk, start, block, axis=1), moved_bn)
+        gradient_kn = gradient_kn - product(jax.lax.dynamic_slice_in_dim(h_kk, start, block, axis=1), moved_bn)
         if rows > block:
             is_last = (start + block) % rows == 0
             found, gradient_kn = jax.lax.cond(
@@ -92,7 +93,7 @@ def refine(
             )
         return found, gradient_kn
 
-    gradient_kn = _product(h_kk, target_kn - _points(codes_kn, grid))
+    gradient_kn = product(h_kk, target_kn - _points(codes_kn, grid))
     found, _ = jax.lax.fori_loop(0, rounds * (k // block), run_block, (Refined(codes_kn, grid), gradient_kn))
     return found
 
@@ -122,8 +123,8 @@ def refit_grid(
       The grid with the least loss among those whose scale is a positive float16; the present one where none is better.
     """
     present = _on_grid(codes_rn, grid)
-    h_codes_rn, h_ones_r = _product(h_rr, codes_rn), jnp.sum(h_rr, axis=1)
-    pull_rn = gradient_rn + _product(h_rr, present)
+    h_codes_rn, h_ones_r = product(h_rr, codes_rn), jnp.sum(h_rr, axis=1)
+    pull_rn = gradient_rn + product(h_rr, present)
     cc_n, c1_n, ones = jnp.sum(codes_rn * h_codes_rn, 0), jnp.sum(codes_rn * h_ones_r[:, None], 0), jnp.sum(h_ones_r)
     bc_n, b1_n = jnp.sum(codes_rn * pull_rn, 0), jnp.sum(pull_rn, 0)
 
@@ -167,7 +168,7 @@ def _sweep(
         codes_rn, gradient_rn = (jax.lax.dynamic_slice_in_dim(a, row, _STEP) for a in (codes_bn, gradient_bn))
         h_rr = jax.lax.dynamic_slice(h_bb, (row, row), (_STEP, _STEP))
         new_rn, moved_rn = _descend(codes_rn, gradient_rn, h_rr, scale_n, zero_n, bits)
-        gradient_bn = gradient_bn - _product(jax.lax.dynamic_slice_in_dim(h_bb, row, _STEP, axis=1), moved_rn)
+        gradient_bn = gradient_bn - product(jax.lax.dynamic_slice_in_dim(h_bb, row, _STEP, axis=1), moved_rn)
         return jax.lax.dynamic_update_slice_in_dim(codes_bn, new_rn, row, 0), gradient_bn
 
     return jax.lax.fori_loop(0, sweeps * (block // _STEP), run_step, (codes_bn, gradient_bn))
@@ -181,7 +182,7 @@ def _descend(
     def step(j: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         new_rn, moved_rn = carry
         # Rows whose turn has not come have not moved, so that the whole row of H may be used.
-        gradient_n = gradient_rn[j] - _product(h_rr[j], moved_rn)
+        gradient_n = gradient_rn[j] - product(h_rr[j], moved_rn)
         curvature = h_rr[j, j]
         step_n = jnp.where(curvature > 0, gradient_n / jnp.where(curvature > 0, curvature, 1.0), 0.0)
         code_n = jnp.clip(codes_rn[j] + jnp.round(step_n / scale_n), 0, 2**bits - 1)
@@ -203,7 +204,7 @@ def _refit_groups(codes_bn: jax.Array, grid: Grid, gradient_bn: jax.Array, h_bb:
         old = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, group, keepdims=False), grid)
         new = refit_grid(codes_rn, old, gradient_rn, jax.lax.dynamic_slice(h_bb, (start, start), (part, part)), bits, sym)
         moved_rn = _on_grid(codes_rn, new) - _on_grid(codes_rn, old)
-        gradient_bn = gradient_bn - _product(jax.lax.dynamic_slice_in_dim(h_bb, start, part, axis=1), moved_rn)
+        gradient_bn = gradient_bn - product(jax.lax.dynamic_slice_in_dim(h_bb, start, part, axis=1), moved_rn)
         grid = jax.tree.map(lambda a, one: jax.lax.dynamic_update_index_in_dim(a, one, group, 0), grid, new)
         return grid, gradient_bn
 
@@ -219,7 +220,7 @@ def _refit_wide(
     old = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, group, keepdims=False), found.grid)
     new = refit_grid(codes_rn, old, gradient_rn, jax.lax.dynamic_slice(h_kk, (start, start), (rows, rows)), bits, sym)
     moved_rn = _on_grid(codes_rn, new) - _on_grid(codes_rn, old)
-    gradient_kn = gradient_kn - _product(jax.lax.dynamic_slice_in_dim(h_kk, start, rows, axis=1), moved_rn)
+    gradient_kn = gradient_kn - product(jax.lax.dynamic_slice_in_dim(h_kk, start, rows, axis=1), moved_rn)
     grid = jax.tree.map(lambda a, one: jax.lax.dynamic_update_index_in_dim(a, one, group, 0), found.grid, new)
     return found._replace(grid=grid), gradient_kn
 
@@ -234,7 +235,3 @@ def _points(codes_kn: jax.Array, grid: Grid) -> jax.Array:
     groups, n = grid.scale_n.shape
     codes_grn = codes_kn.reshape(groups, -1, n)
     return (grid.scale_n[:, None] * (codes_grn - grid.zero_n[:, None])).reshape(-1, n)
-
-
-def _product(a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)

@@ -10,13 +10,14 @@ from jgptq import sharding
 from jgptq.config import QuantizeConfig, group_rows
 from jgptq.errors import ConfigError
 from jgptq.notation import Float, Int
-from jgptq.solver.cholesky import all_finite
+from jgptq.solver.cholesky import added_damping, all_finite
 from jgptq.solver.order import RowOrder, row_order
 from jgptq.solver.outcome import Outcome
 from jgptq.solver.slab_cholesky import damped_inverse_slabs, slab_diagonal
 from jgptq.solver.slabs import Slabs, chunk_rows, gathered_rows, on_all_devices, on_slabs
-from jgptq.solver.solution import Solution, diagnose, round_to_nearest
+from jgptq.solver.solution import Solution, diagnose, round_to_nearest, summed, undamped_loss
 from jgptq.solver.solve import factor_outcome, in_file_order, quantize_rows
+from jgptq.solver.triangular import product
 
 
 class ShardedPrepared(NamedTuple):
@@ -154,7 +155,7 @@ def _solve_own(
     found = quantize_rows(w_kn[rows_k], u_rows, shared.diag_k[rows_k], shared.order, config)
     solution = in_file_order(found, shared.order, group_rows(k, config.group_size), config)
     return solution._replace(
-        loss_n=_gathered_loss(w_kn - solution.dequantize(), h_pc, chunk),
+        loss_n=undamped_loss(found.loss_n, w_kn - solution.dequantize(), added_damping(shared.diag_k, shared.damping)),
         rtn_loss_n=rtn_loss_n,
         damping=shared.damping,
         outcome=shared.outcome,
@@ -169,6 +170,6 @@ def _gathered_loss(dw_kn: jax.Array, h_pc: jax.Array, chunk: int) -> jax.Array:
     def add(index: jax.Array, loss_n: jax.Array) -> jax.Array:
         h_rp = gathered_rows(h_pc, index * chunk, chunk)
         dw_rn = jax.lax.dynamic_slice_in_dim(dw_pn, index * chunk, chunk)
-        return loss_n + jnp.sum(dw_rn * jnp.matmul(h_rp, dw_pn, precision=jax.lax.Precision.HIGHEST), axis=0)
+        return loss_n + summed(dw_rn * product(h_rp, dw_pn))
 
     return jax.lax.fori_loop(0, size // chunk, add, jnp.zeros(dw_kn.shape[1], jnp.float32))

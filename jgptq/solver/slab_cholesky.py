@@ -10,6 +10,7 @@ from jgptq import sharding
 from jgptq.notation import Float, Int
 from jgptq.solver.cholesky import Factor, all_finite, diagonal, inverse_factor, raised_until_finite
 from jgptq.solver.slabs import PANEL, first_column, gathered, gathered_rows, on_all_devices, own_columns
+from jgptq.solver.triangular import product, transposed
 
 _MAX_TILE = 2048
 
@@ -76,7 +77,7 @@ def _factored(a_kc: jax.Array) -> jax.Array:
         complement_bk = gathered_rows(a_kc, start, PANEL)
         corner_bb = jax.lax.dynamic_slice_in_dim(complement_bk, start, PANEL, axis=1)
         u_bb = inverse_factor(corner_bb, jnp.zeros(PANEL))
-        row_bk = jax.lax.dynamic_update_slice_in_dim(_product(u_bb, complement_bk), u_bb, start, 1)
+        row_bk = jax.lax.dynamic_update_slice_in_dim(product(u_bb, complement_bk), u_bb, start, 1)
         row_bc = own_columns(row_bk, width)
         u_bc = jnp.where((panel_c >= index)[None, :], row_bc, 0.0)
         a_kc = jax.lax.dynamic_update_slice_in_dim(a_kc, u_bc, start, 0)
@@ -89,13 +90,9 @@ def _factored(a_kc: jax.Array) -> jax.Array:
             r_bt = jnp.where(due_t[None, :], jax.lax.dynamic_slice_in_dim(row_bk, first, tile, axis=1), 0.0)
             a_tc = jax.lax.dynamic_slice_in_dim(a_kc, first, tile)
             # Where the complement's own column j stood, U begins.
-            a_tc = jnp.where(due_t[:, None] & (panel_c == index)[None, :], 0.0, a_tc) - _product(r_bt.T, row_bc)
+            a_tc = jnp.where(due_t[:, None] & (panel_c == index)[None, :], 0.0, a_tc) - product(transposed(r_bt), row_bc)
             return jax.lax.dynamic_update_slice_in_dim(a_kc, a_tc, first, 0)
 
         return jax.lax.fori_loop(0, -(-start // tile), spread, a_kc)
 
     return jax.lax.fori_loop(0, k // PANEL, eliminate, a_kc)
-
-
-def _product(a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)

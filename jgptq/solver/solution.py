@@ -13,8 +13,9 @@ from jgptq.notation import Float, Int, UInt8
 from jgptq.solver.cholesky import all_finite
 from jgptq.solver.grid import nearest_codes, search_grid
 from jgptq.solver.outcome import Outcome
+from jgptq.solver.triangular import product
 
-_PANELS = 4  # of the Hessian in a loss: those below the diagonal mirror those above, and are not multiplied
+_PANELS = 8  # of the Hessian in a loss: those below the diagonal mirror those above, and are not multiplied
 _LANES = 8
 
 
@@ -26,7 +27,7 @@ class Solution(NamedTuple):
     zero_gn: Int[jax.Array, "G N"]  # int32
     group_k: Int[jax.Array, " K"] | None  # int32, the group of each row; None where groups are runs of rows of the file
     loss_n: Float[jax.Array, " N"]  # dW^T H dW of each column, with the undamped H, against the target of the solve
-    rtn_loss_n: Float[jax.Array, " N"]  # the same for round-to-nearest on the same kind of grid
+    rtn_loss_n: Float[jax.Array, " N"] | None  # the same for round-to-nearest on the same kind of grid; None if not asked for
     damping: Float[jax.Array, ""]  # fraction of the mean diagonal that was added
     outcome: Int[jax.Array, ""]  # an `Outcome`
 
@@ -71,7 +72,7 @@ def round_to_nearest(
         zero_gn=grid.zero_n.astype(jnp.int32),
         group_k=None,
         loss_n=unknown_n,
-        rtn_loss_n=unknown_n,
+        rtn_loss_n=None,
         damping=jnp.float32(0),
         outcome=jnp.int32(Outcome.ROUNDED),
     )
@@ -83,13 +84,24 @@ def output_loss(dw_kn: Float[jax.Array, "K N"], h_kk: Float[jax.Array, "K K"]) -
     k = dw_kn.shape[0]
     loss_n = jnp.zeros((dw_kn.shape[1],), dw_kn.dtype)
     bounds = [k * i // _PANELS for i in range(_PANELS + 1)]
-    product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
     for start, stop in itertools.pairwise(bounds):
         dw_pn = dw_kn[start:stop]
         half_pn = product(0.5 * h_kk[start:stop, start:stop], dw_pn) + product(h_kk[start:stop, stop:], dw_kn[stop:])
-        # Summed as a product: XLA would fuse a sum with the products before it, and a CPU runs that at a fifth of their speed.
-        loss_n += product(jnp.full((_LANES, stop - start), 2.0, dw_kn.dtype), dw_pn * half_pn)[0]
-    return loss_n
+        loss_n += summed(dw_pn * half_pn)
+    return 2.0 * loss_n
+
+
+def summed(a_rn: Float[jax.Array, "R N"]) -> Float[jax.Array, " N"]:
+    """The sum over rows, as a product: XLA would fuse a sum with a product before it, and a CPU runs that at a fifth of its
+    speed."""
+    return product(jnp.ones((_LANES, a_rn.shape[0]), a_rn.dtype), a_rn)[0]
+
+
+def undamped_loss(
+    damped_n: Float[jax.Array, " N"], dw_kn: Float[jax.Array, "K N"], added: Float[jax.Array, ""]
+) -> Float[jax.Array, " N"]:
+    """`dW^T H dW` of each column, from `dW^T (H + added I) dW`, which the solver's loop sums up on its way."""
+    return jnp.maximum(damped_n - added * jnp.sum(jnp.square(dw_kn), axis=0), 0.0)
 
 
 def diagnose(solution: Solution, w_kn: jax.Array) -> Solution:

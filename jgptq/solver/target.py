@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from jgptq.notation import Float
 from jgptq.solver.order import RowOrder
+from jgptq.solver.triangular import product, times_upper, times_upper_transposed, transposed, upper_times, upper_transposed_times
 
 
 def shifted_target(
@@ -36,10 +37,10 @@ def shifted_target(
     """
     pull_kn = jnp.zeros_like(w_kn)
     if drift_kk is not None and target_shift:
-        pull_kn = pull_kn + target_shift * _product(drift_kk, w_kn)
+        pull_kn = pull_kn + target_shift * product(drift_kk, w_kn)
     if residual_kn is not None and residual_shift:
         pull_kn = pull_kn + residual_shift * residual_kn
-    return w_kn + _product(u_kk.T, _product(u_kk, pull_kn))
+    return w_kn + upper_transposed_times(u_kk, upper_times(u_kk, pull_kn))
 
 
 def gptaq_drift(u_kk: Float[jax.Array, "K K"], drift_kk: Float[jax.Array, "K K"], alpha: float) -> Float[jax.Array, "K K"]:
@@ -55,8 +56,8 @@ def gptaq_drift(u_kk: Float[jax.Array, "K K"], drift_kk: Float[jax.Array, "K K"]
     Returns:
       P, strictly upper.
     """
-    ahead_kk = jnp.triu(_product(drift_kk.T, u_kk.T), 1)
-    return alpha * jnp.triu(_product(ahead_kk, u_kk), 1)
+    ahead_kk = jnp.triu(times_upper_transposed(transposed(drift_kk), u_kk), 1)
+    return alpha * jnp.triu(times_upper(ahead_kk, u_kk), 1)
 
 
 def qronos_start(
@@ -85,7 +86,7 @@ def qronos_start(
       What `compensate` starts from, in place of W'.
     """
     live = h_kk[0, 0] > 0
-    pull_n = alpha * _product(drift_kk[:1], w_kn)[0]
+    pull_n = alpha * product(drift_kk[:1], w_kn)[0]
     first_n = w_kn[0] + jnp.where(live, pull_n / jnp.where(live, h_kk[0, 0], 1.0), 0.0)
     moved_n = (target_kn[0] - first_n) / u_kk[0, 0]
     return target_kn - u_kk[0][:, None] * moved_n[None]
@@ -94,7 +95,3 @@ def qronos_start(
 def in_sequence(a_kk: Float[jax.Array, "K K"], order: RowOrder) -> Float[jax.Array, "K K"]:
     """Rows and columns of a matrix over K, put into the solver's sequence."""
     return a_kk[order.rows_k[:, None], order.rows_k[None, :]]
-
-
-def _product(a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
