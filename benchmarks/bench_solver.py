@@ -35,7 +35,7 @@ from common import circumstances, write_result
 
 from jgptq.config import QuantizeConfig
 from jgptq.solver import Prepared, Solution, judge_columns, output_loss, prepare, solve_columns
-from jgptq.solver.cholesky import damped_inverse_factor
+from jgptq.solver.cholesky import damped_factor
 from jgptq.solver.compensate import solver_block
 from jgptq.solving import tile_columns
 
@@ -246,7 +246,7 @@ def _parts(problem: Problem, config: QuantizeConfig, entries: list[dict[str, Any
     h_kk, w_kn = jnp.asarray(problem.h_kk), jnp.asarray(problem.w_kn)
     order_k = jnp.asarray(np.random.default_rng(0).permutation(h_kk.shape[0]))
     ordered = jax.jit(lambda h_kk, order_k: h_kk[order_k[:, None], order_k[None, :]])
-    factored, lost = jax.jit(damped_inverse_factor, static_argnums=1), jax.jit(output_loss)
+    factored, lost = jax.jit(damped_factor, static_argnums=1), jax.jit(output_loss)
     seconds = {
         "ordering": _median_seconds(lambda: ordered(h_kk, order_k), len(entries)),
         "factorization": _median_seconds(lambda: factored(h_kk, config.damping), len(entries)),

@@ -67,8 +67,8 @@ def solves() -> dict[str, np.ndarray]:
             total = slabs.accumulate(total, jnp.asarray(batch))
         found[f"{name}/tokens"] = np.asarray(total.tokens)
         prepared = sharded.prepare(slabs.hessian(total), config)
-        found |= {f"{name}/h": np.asarray(prepared.h.values), f"{name}/u": np.asarray(prepared.u.values)}
-        found[f"{name}/shard"] = np.asarray(prepared.u.values.addressable_shards[0].data.shape)
+        found |= {f"{name}/h": np.asarray(prepared.h.values), f"{name}/factor": np.asarray(prepared.factor.values)}
+        found[f"{name}/shard"] = np.asarray(prepared.factor.values.addressable_shards[0].data.shape)
         found |= fields(name, sharded.solve_columns(jnp.asarray(w_kn), prepared, config))
     return found
 
@@ -79,7 +79,7 @@ def troubles() -> dict[str, np.ndarray]:
     found: dict[str, np.ndarray] = {}
     w_kn = np.ones((64, 32), np.float32)
     raised = sharded.prepare(in_slabs(indefinite(), mesh), config)
-    found |= {"raised/u": np.asarray(raised.u.values)} | fields(
+    found |= {"raised/factor": np.asarray(raised.factor.values)} | fields(
         "raised", sharded.solve_columns(jnp.asarray(w_kn), raised, config)
     )
     for name, h_kk in FAILURES.items():
@@ -100,7 +100,7 @@ def uneven_tiles() -> dict[str, np.ndarray]:
     h_kk = (h_tk.T @ h_tk / 1500).astype(np.float32)
     prepared = sharded.prepare(in_slabs(h_kk, make_mesh(data=4, model=2)), QuantizeConfig(order="none"))
     slab_cholesky._MAX_TILE = 2048
-    return {"tiles/h": h_kk, "tiles/u": np.asarray(prepared.u.values)}
+    return {"tiles/h": h_kk, "tiles/factor": np.asarray(prepared.factor.values)}
 
 
 def programs() -> dict[str, np.ndarray]:

@@ -17,7 +17,7 @@ from jgptq.config import QuantizeConfig
 from jgptq.errors import ConfigError
 from jgptq.solver import Outcome, Solution, prepare, solve, solve_many
 from jgptq.solver import compensate as COMPENSATE
-from jgptq.solver.cholesky import inverse_factor
+from jgptq.solver.cholesky import lower_factor
 from jgptq.solver.grid import search_grid
 from jgptq.solver.order import inverse_permutation, row_order
 from jgptq.solver.target import shifted_target
@@ -226,10 +226,10 @@ def test_obs_pruning_is_the_constrained_least_squares_minimum(problem: Problem):
     np.testing.assert_allclose(found_kn, expected_kn, atol=1e-9)
 
 
-def test_rows_of_the_factor_move_later_rows_as_obs_does(problem: Problem):
+def test_rows_of_the_inverse_factor_move_later_rows_as_obs_does(problem: Problem):
     h_kk = oracles.damped(problem.h_kk, DAMPING)
     with double():
-        u_kk = np.asarray(inverse_factor(jnp.asarray(h_kk), jnp.zeros(K)))
+        u_kk = np.linalg.inv(np.asarray(lower_factor(jnp.asarray(h_kk), jnp.zeros(K)))).T
     w_kn, inverse_kk = problem.w_kn, np.linalg.inv(h_kk)
     expected_kn = w_kn
     for row in range(3):
@@ -263,9 +263,9 @@ def test_an_order_of_importance_is_about_as_good_as_obq_in_the_greedy_order_of_e
 @pytest.mark.parametrize(("a", "b"), [(1.0, 0.0), (0.0, 1.0), (0.5, 0.75)])
 def test_the_shifted_target_is_the_least_squares_solution(problem: Problem, a: float, b: float):
     with double():
-        u_kk = inverse_factor(jnp.asarray(oracles.damped(problem.h_kk, DAMPING)), jnp.zeros(K))
+        l_kk = lower_factor(jnp.asarray(oracles.damped(problem.h_kk, DAMPING)), jnp.zeros(K))
         arrays = [jnp.asarray(part) for part in (problem.drift_kk, problem.residual_kn)]
-        found_kn = np.asarray(shifted_target(jnp.asarray(problem.w_kn), u_kk, *arrays, a, b))
+        found_kn = np.asarray(shifted_target(jnp.asarray(problem.w_kn), l_kk, *arrays, a, b))
     assert found_kn.shape == (K, N)
     assert np.linalg.norm(found_kn - problem.w_kn) > 1e-3 * np.linalg.norm(problem.w_kn)
     np.testing.assert_allclose(found_kn, target(problem, a, b, DAMPING), atol=1e-9)
@@ -278,12 +278,12 @@ def target(problem: Problem, a: float, b: float, damping: float) -> np.ndarray:
 
 
 def test_a_target_without_a_shift_is_the_kernel(problem: Problem):
-    u_kk = inverse_factor(jnp.asarray(problem.h_kk, jnp.float32), jnp.ones(K))
+    l_kk = lower_factor(jnp.asarray(problem.h_kk, jnp.float32), jnp.ones(K))
     w_kn, drift_kk, residual_kn = (
         jnp.asarray(part, jnp.float32) for part in (problem.w_kn, problem.drift_kk, problem.residual_kn)
     )
-    np.testing.assert_array_equal(shifted_target(w_kn, u_kk, drift_kk, residual_kn, 0.0, 0.0), w_kn)
-    np.testing.assert_array_equal(shifted_target(w_kn, u_kk, None, None, 1.0, 1.0), w_kn)
+    np.testing.assert_array_equal(shifted_target(w_kn, l_kk, drift_kk, residual_kn, 0.0, 0.0), w_kn)
+    np.testing.assert_array_equal(shifted_target(w_kn, l_kk, None, None, 1.0, 1.0), w_kn)
 
 
 def test_a_solve_with_drift_and_residual_is_obq_on_the_shifted_target(problem: Problem):
@@ -342,14 +342,14 @@ def test_asymmetric_methods_ask_for_the_drift_that_they_lack(method: str):
 def test_the_solve_does_not_depend_on_the_size_of_its_blocks(problem: Problem, monkeypatch: pytest.MonkeyPatch):
     found = []
     with double():
-        u_kk = inverse_factor(jnp.asarray(oracles.damped(problem.h_kk, DAMPING)), jnp.zeros(K))
+        l_kk = lower_factor(jnp.asarray(oracles.damped(problem.h_kk, DAMPING)), jnp.zeros(K))
         w_kn, diag_k = jnp.asarray(problem.w_kn), jnp.asarray(np.diag(problem.h_kk))
-        u_rows = functools.partial(jax.lax.dynamic_slice_in_dim, u_kk)
+        l_rows = functools.partial(jax.lax.dynamic_slice_in_dim, l_kk)
         for most, block in ((32, 32), (128, 96)):
             monkeypatch.setattr(COMPENSATE, "_MAX_BLOCK", most)
             assert COMPENSATE.solver_block(K, 32) == block
             run = jax.jit(functools.partial(COMPENSATE.compensate, rows=32, config=config("static")), static_argnums=1)
-            found.append(run(w_kn, u_rows, diag_k))
+            found.append(run(w_kn, l_rows, diag_k))
     for other in found[1:]:
         np.testing.assert_array_equal(other.codes_kn, found[0].codes_kn)
         np.testing.assert_array_equal(other.grid.scale_n, found[0].grid.scale_n)

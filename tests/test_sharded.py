@@ -15,7 +15,7 @@ from jgptq.config import QuantizeConfig
 from jgptq.errors import ConfigError
 from jgptq.sharding import make_mesh
 from jgptq.solver import Outcome, Solution, prepare, sharded, slabs, solve, solve_columns
-from jgptq.solver.cholesky import inverse_factor
+from jgptq.solver.cholesky import lower_factor
 from jgptq.solver.hessian import accumulate, empty, hessian
 
 MESHES = [f"{data}x{model}" for data, model in on_mesh.MESHES]
@@ -61,12 +61,12 @@ def test_hessian_in_slabs_is_the_dense_one_and_its_padding_is_dead(found, dense,
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_factor_in_slabs_is_the_dense_one_and_each_device_holds_an_eighth(found, dense, mesh: str):
-    u_pp, k = found[f"{mesh}/u"], on_mesh.K
-    expected = prepare(dense[1], QuantizeConfig(**on_mesh.CONFIGS[mesh])).u_kk
-    np.testing.assert_allclose(u_pp[:k, :k], expected, rtol=1e-3, atol=1e-5 * float(expected.max()))
-    np.testing.assert_array_equal(np.tril(u_pp, -1), 0)
-    assert not u_pp[:k, k:].any()
-    np.testing.assert_array_equal(found[f"{mesh}/shard"], [len(u_pp), len(u_pp) // 8])
+    l_pp, k = found[f"{mesh}/factor"], on_mesh.K
+    expected = prepare(dense[1], QuantizeConfig(**on_mesh.CONFIGS[mesh])).l_kk
+    np.testing.assert_allclose(l_pp[:k, :k], expected, rtol=1e-3, atol=1e-5 * float(expected.max()))
+    np.testing.assert_array_equal(np.triu(l_pp, 1), 0)
+    assert not l_pp[k:, :k].any()
+    np.testing.assert_array_equal(found[f"{mesh}/shard"], [len(l_pp), len(l_pp) // 8])
 
 
 # A weight half-way between two codes may fall either way, as sums are added up in another order; on this problem none does.
@@ -89,7 +89,7 @@ def test_damping_is_raised_as_on_one_device(found):
     assert float(solution.damping) == float(expected.damping) == pytest.approx(0.01)
     assert Outcome(int(solution.outcome)) is Outcome.RAISED_DAMPING
     np.testing.assert_array_equal(solution.codes_kn, expected.codes_kn)
-    assert np.isfinite(found["raised/u"]).all()
+    assert np.isfinite(found["raised/factor"]).all()
 
 
 @pytest.mark.parametrize(
@@ -117,8 +117,8 @@ def test_round_to_nearest_on_a_mesh_is_that_of_one_device(found):
 
 def test_rows_that_fill_no_whole_number_of_tiles_are_each_updated_once(found):
     h_kk = jnp.asarray(found["tiles/h"])
-    expected = inverse_factor(h_kk, jnp.full(len(h_kk), 0.01 * jnp.mean(jnp.diagonal(h_kk))))
-    np.testing.assert_allclose(found["tiles/u"], expected, atol=2e-5)
+    expected = lower_factor(h_kk, jnp.full(len(h_kk), 0.01 * jnp.mean(jnp.diagonal(h_kk))))
+    np.testing.assert_allclose(found["tiles/factor"], expected, atol=2e-5)
 
 
 @pytest.mark.parametrize("program", ["accumulate", "factor", "solve"])
@@ -131,7 +131,7 @@ def test_no_device_holds_the_whole_matrix(found, program: str):
 
 @pytest.mark.parametrize("program", ["accumulate", "factor", "solve"])
 def test_programs_do_not_grow_with_k(found, program: str):
-    assert found[f"{program}/4096/text"] == pytest.approx(found[f"{program}/2048/text"], rel=0.01)
+    assert found[f"{program}/4096/text"] == pytest.approx(found[f"{program}/2048/text"], rel=0.02)
 
 
 def test_a_mesh_of_one_device_is_the_same_code():

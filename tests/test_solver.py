@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from jgptq.config import QuantizeConfig
 from jgptq.errors import ConfigError
-from jgptq.solver import Outcome, prepare, round_to_nearest, solve, solve_columns
-from jgptq.solver.cholesky import damped_inverse_factor, inverse_factor
+from jgptq.solver import Outcome, prepare, round_to_nearest, solve, solve_columns, triangular
+from jgptq.solver.cholesky import damped_factor, lower_factor
 from jgptq.solver.compensate import solver_block
 from jgptq.solver.grid import minmax_grid
 from jgptq.solver.hessian import accumulate, empty, hessian
@@ -129,21 +129,23 @@ def test_solver_block_divides_k_and_never_splits_a_group_unevenly(multiple: int,
     assert block % group_size == 0 or group_size % block == 0
 
 
-def test_inverse_factor_is_upper_and_factors_the_inverse(problem):
-    h_kk = problem[1].astype(np.float64) + np.eye(K)
-    u_kk = np.asarray(inverse_factor(jnp.asarray(h_kk, jnp.float32), jnp.zeros(len(h_kk))), np.float64)
-    np.testing.assert_array_equal(np.tril(u_kk, -1), 0)
-    np.testing.assert_allclose(u_kk.T @ u_kk @ h_kk, np.eye(K), atol=2e-3)
-
-
-@pytest.mark.parametrize("k", [256, 257, 600, 1100])
-def test_inverse_factor_by_halves_is_the_inverse_of_the_upper_factor(k: int):
+@pytest.mark.parametrize("k", [256, 257, 600, 1100, 2300])
+def test_lower_factor_by_halves_factors_the_damped_hessian_from_its_last_row(k: int):
     inputs = np.random.default_rng(k).normal(size=(2 * k, k))
     h_kk, added_k = inputs.T @ inputs / k, np.linspace(0.1, 1.0, k)
-    found = np.asarray(inverse_factor(jnp.asarray(h_kk, jnp.float32), jnp.asarray(added_k, jnp.float32)))
+    found = np.asarray(lower_factor(jnp.asarray(h_kk, jnp.float32), jnp.asarray(added_k, jnp.float32)))
     h_kk += np.diag(added_k)
-    np.testing.assert_array_equal(np.tril(found, -1), 0)
-    np.testing.assert_allclose(found, np.linalg.inv(np.linalg.cholesky(h_kk[::-1, ::-1])[::-1, ::-1]), atol=2e-4)
+    np.testing.assert_array_equal(np.triu(found, 1), 0)
+    np.testing.assert_allclose(found, np.linalg.cholesky(h_kk[::-1, ::-1])[::-1, ::-1].T, atol=2e-5)
+
+
+def test_systems_by_halves_are_solved():
+    random = np.random.default_rng(3)
+    l_kk = np.tril(random.normal(size=(1300, 1300)) / 50) + np.eye(1300)
+    b_kn = random.normal(size=(1300, 7))
+    arrays = [jnp.asarray(part, jnp.float32) for part in (l_kk, b_kn)]
+    np.testing.assert_allclose(l_kk @ np.asarray(triangular.solve(*arrays), np.float64), b_kn, atol=1e-3)
+    np.testing.assert_allclose(l_kk.T @ np.asarray(triangular.transposed_solve(*arrays), np.float64), b_kn, atol=1e-3)
 
 
 def test_hessian_is_two_over_t_times_the_sum_over_batches():
@@ -166,7 +168,7 @@ def test_hessian_of_bfloat16_activations_is_accumulated_in_float32():
 def test_damping_raises_itself_until_the_factor_is_finite():
     bad = np.diag(np.r_[np.ones(63), 1e-3]).astype(np.float32)
     bad[62, 63] = bad[63, 62] = 0.1  # eigenvalue below zero: no damping of 0.001 helps, one of 0.01 does
-    factor = damped_inverse_factor(jnp.asarray(bad), 0.001)
+    factor = damped_factor(jnp.asarray(bad), 0.001)
     assert bool(factor.finite)
     assert float(factor.damping) == pytest.approx(0.01)
     solution = solve(jnp.ones((64, 32)), jnp.asarray(bad), QuantizeConfig(group_size=32, damping=0.001))

@@ -1,4 +1,8 @@
-"""The upper factor U of the inverse Hessian, `H^-1 = U^T U`, without forming the inverse."""
+"""The lower factor L of the Hessian, `H = L^T L`: all that the solver needs, without the inverse of anything.
+
+The published loop reads the upper factor U of the inverse, `H^-1 = U^T U`; that is `U = L^-T`, and what U does row by row, L does
+block by block with half of the factorization's work; see `jgptq.solver.compensate`.
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -7,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jgptq.notation import Bool, Float
-from jgptq.solver.triangular import minus_gram, times_upper, times_upper_transposed, upper_times
+from jgptq.solver.triangular import minus_gram, transposed_solve
 
 DAMPING_STEP = 10.0
 MAX_DAMPING = 1.0
@@ -16,49 +20,44 @@ _LANES = 8
 
 
 class Factor(NamedTuple):
-    """A factor of the damped inverse, and the damping that it took."""
+    """A factor of a damped Hessian, and the damping that it took."""
 
-    u_kk: Float[jax.Array, "K K"]  # upper triangular
+    l_kk: Float[jax.Array, "K K"]  # lower triangular
     damping: Float[jax.Array, ""]  # fraction of the mean diagonal that was added
     finite: Bool[jax.Array, ""]  # False where even the largest damping left a factor that is not finite
 
 
-def inverse_factor(h_kk: Float[jax.Array, "K K"], added_k: Float[jax.Array, " K"]) -> Float[jax.Array, "K K"]:
-    """Factors the inverse of a positive definite matrix as `(H + diag(added))^-1 = U^T U`, by halves.
+def lower_factor(h_kk: Float[jax.Array, "K K"], added_k: Float[jax.Array, " K"]) -> Float[jax.Array, "K K"]:
+    """Factors a positive definite matrix as `H + diag(added) = L^T L`, by halves.
 
-    `H = R R^T` for an upper triangular R, and `U = R^-1`. With `H = [[A, B], [B^T, D]]`: U2 from D; `S = -B U2^T`; U1 from the
-    Schur complement `A - S S^T`; then `U = [[U1, U1 S U2], [0, U2]]`. Neither H^-1 nor a factor of H is formed: the textbook
-    route (factor, invert, factor again) takes three times the work. All but the smallest pieces is matmuls, about 0.4 K^3
-    multiplications at their speed, and only the smallest meet the diagonal: no damped copy of H is made.
+    With `H = [[A, B^T], [B, D]]`: L22 from D; L21 from `L22^T L21 = B`; L11 from the Schur complement `A - L21^T L21`. This is
+    the Cholesky factorization from the last row to the first. All but the smallest pieces is matmuls, and only the smallest meet
+    the diagonal: no damped copy of H is made.
 
     Args:
-      h_kk: float `[K, K]`, symmetric; of pieces below the diagonal's nothing is read.
+      h_kk: float `[K, K]`, symmetric; above the diagonal's smallest pieces nothing is read.
       added_k: what is added to its diagonal.
 
     Returns:
-      Upper triangular U; not finite where the sum is not positive definite.
+      Lower triangular L; not finite where the sum is not positive definite.
     """
     k = h_kk.shape[0]
     if k <= _FACTORED_DIRECTLY:
         return _factored_directly(jnp.where(jnp.eye(k, dtype=bool), h_kk + added_k[None, :], h_kk))
     half = k // 2
-    lower = inverse_factor(h_kk[half:, half:], added_k[half:])
-    mixed = times_upper_transposed(-h_kk[:half, half:], lower)
-    upper = inverse_factor(minus_gram(h_kk[:half, :half], mixed), added_k[:half])
-    corner = times_upper(upper_times(upper, mixed), lower)
-    return jnp.concatenate([jnp.concatenate([upper, corner], axis=1), jnp.pad(lower, ((0, 0), (half, 0)))])
+    last = lower_factor(h_kk[half:, half:], added_k[half:])
+    corner = transposed_solve(last, h_kk[half:, :half])
+    first = lower_factor(minus_gram(h_kk[:half, :half], corner), added_k[:half])
+    return jnp.concatenate([jnp.pad(first, ((0, 0), (0, k - half))), jnp.concatenate([corner, last], axis=1)])
 
 
 def _factored_directly(h_kk: jax.Array) -> jax.Array:
-    """With P the reversal of rows, `P H P = L L^T` gives `R = P L P`, so `U = P L^-1 P`.
+    """With P the reversal of rows, `P H P = C C^T` gives `L = P C^T P`.
 
     LAPACK reads and writes columns first. The transpositions, of a symmetric matrix and of the result, say so in terms of rows:
     without them that order of memory spreads to all of H, and copying it costs more than the factorization.
     """
-    factor = jnp.linalg.cholesky(h_kk[::-1, ::-1].T, symmetrize_input=False)
-    eye = jnp.eye(h_kk.shape[0], dtype=h_kk.dtype)
-    inverse_t = jax.lax.linalg.triangular_solve(factor, eye, left_side=True, lower=True, transpose_a=True)
-    return inverse_t.T[::-1, ::-1]
+    return jnp.linalg.cholesky(h_kk[::-1, ::-1].T, symmetrize_input=False)[::-1, ::-1].T
 
 
 def all_finite(a_kk: Float[jax.Array, "R K"]) -> Bool[jax.Array, ""]:
@@ -81,8 +80,8 @@ def added_damping(diag_k: Float[jax.Array, " K"], damping: Float[jax.Array, ""])
     return damping.astype(diag_k.dtype) * jnp.where(mean > 0, mean, 1.0)
 
 
-def damped_inverse_factor(h_kk: Float[jax.Array, "K K"], damping: float) -> Factor:
-    """Factors `(H + lambda mean(diag H) I)^-1`, raising lambda until the factor is finite.
+def damped_factor(h_kk: Float[jax.Array, "K K"], damping: float) -> Factor:
+    """Factors `H + lambda mean(diag H) I = L^T L`, raising lambda until the factor is finite.
 
     Rows of K that no token touched are zeros in H: left with the damping alone, they neither give nor take any compensation, and
     the mean is that of the others. Lambda starts at `damping` and is multiplied by 10 up to at most 1; all inside jit.
@@ -97,8 +96,8 @@ def damped_inverse_factor(h_kk: Float[jax.Array, "K K"], damping: float) -> Fact
     diag_k = diagonal(h_kk)
 
     def attempt(added: jax.Array, _: jax.Array) -> tuple[jax.Array, jax.Array]:
-        u_kk = inverse_factor(h_kk, jnp.full_like(diag_k, added))
-        return u_kk, all_finite(u_kk)
+        l_kk = lower_factor(h_kk, jnp.full_like(diag_k, added))
+        return l_kk, all_finite(l_kk)
 
     return raised_until_finite(attempt, jnp.zeros_like(h_kk), diag_k, damping)
 
@@ -128,8 +127,8 @@ def raised_until_finite(
 
     def again(factor: Factor) -> Factor:
         fraction = next_damping(factor)
-        u_kk, finite = attempt(fraction.astype(diag_k.dtype) * unit, factor.u_kk)
-        return Factor(u_kk, fraction, finite)
+        l_kk, finite = attempt(fraction.astype(diag_k.dtype) * unit, factor.l_kk)
+        return Factor(l_kk, fraction, finite)
 
     # One body serves the first attempt too: the factorization is most of what there is to compile.
     return jax.lax.while_loop(

@@ -1,7 +1,7 @@
 """The blocked loop over rows: quantize, and spread the error over the rows that follow."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -10,15 +10,12 @@ import jax.numpy as jnp
 from jgptq.config import ROW_MULTIPLE, QuantizeConfig
 from jgptq.notation import Float, Int, UInt8
 from jgptq.solver.grid import Grid, search_grid
-from jgptq.solver.triangular import product, transposed
+from jgptq.solver.triangular import product, transposed, transposed_solve
 from pallas_kernels import gptq_block
 
 _MAX_BLOCK = 128
+_MAX_CHUNK = 512
 _STEP = ROW_MULTIPLE
-
-
-_Factors = tuple[jax.Array, ...]  # rows of U in a block [B, K], and of GPTAQ's matrix where there is one
-_Moved = tuple[jax.Array, ...]  # what they multiply: errors [B, N], and rows as they were when their turn came
 
 
 class Compensated(NamedTuple):
@@ -34,17 +31,38 @@ Rows = Callable[[jax.Array, int], Float[jax.Array, "B K"]]
 
 
 class _State(NamedTuple):
-    """What the loops carry."""
+    """What the loop over blocks carries."""
 
-    w_kn: jax.Array  # weights, each row current when its turn comes
+    moved_kn: jax.Array  # what each row lost, w - q; zeros for rows that are yet to come
+    turn_kn: jax.Array  # each row as it was when its turn came; [0, N] without a drift
     codes_kn: jax.Array  # uint8
     grid: Grid  # [G, N], filled as groups begin
     loss_n: jax.Array
 
 
+class _Turn(NamedTuple):
+    """What a block begins with."""
+
+    target_bn: jax.Array  # what its codes are held against: the kernel, moved by a drift
+    w_bn: jax.Array  # the same, pulled by what the rows before it lost
+    u_bb: jax.Array  # the upper factor of the inverse Hessian given those rows
+    drift_bb: jax.Array | None  # GPTAQ's matrix in this block, transposed
+
+
+class _Block(NamedTuple):
+    """What the loop over the steps of a block carries."""
+
+    w_bn: jax.Array  # rows, each current when its turn comes
+    points_bn: jax.Array  # grid points
+    turn_bn: jax.Array  # [0, N] without a drift
+    codes_bn: jax.Array  # uint8
+    grid: Grid  # [G, N]
+    loss_n: jax.Array
+
+
 def compensate(
     w_kn: Float[jax.Array, "K N"],
-    u_rows: Rows,
+    l_rows: Rows,
     weight_k: Float[jax.Array, " K"],
     *,
     rows: int,
@@ -52,73 +70,129 @@ def compensate(
     fixed: tuple[Grid, Int[jax.Array, " K"]] | None = None,
     drift_rows: Rows | None = None,
 ) -> Compensated:
-    """Quantizes rows in sequence (GPTQ, Frantar et al. 2022, algorithm 1), with lazy updates on two levels.
+    """Quantizes rows in sequence (GPTQ, Frantar et al. 2022, algorithm 1), blocks at a time, without the inverse Hessian.
 
-    Within a block of up to 128 rows errors spread after every 32, to the blocks after it once, as matmuls: what the inner steps
-    touch stays in a cache.
+    With `H = L^T L`, the loss of a column is `||L (w - q)||^2`, and the rows before block B pull it from w_B to
+    `w_B + L_BB^-1 L_B: (w - q)`, the least squares solution given their codes: one product of a row of blocks of L with what was
+    lost so far. From there on the block is a problem of its own, with `U_BB = L_BB^-T` the same as the block of the published
+    loop's factor `H^-1 = U^T U`. So one triangular factorization serves; the published loop takes three times the work to U.
+
+    Inside a block of up to 128 rows errors spread after every 32, so that what the inner steps touch stays in a cache.
 
     Args:
       w_kn: `[K, N]`, in the solver's sequence.
-      u_rows: of the upper factor of the damped inverse, in the same sequence.
+      l_rows: of the lower factor of the damped Hessian, in the same sequence.
       weight_k: the diagonal of H, for the search of scales.
       rows: rows in a group.
       config: bits, grid and search.
       fixed: grids `[G, N]` that were set beforehand, and the group of each row; None where groups are runs of the sequence, and
         each is given its grid from its rows as they are when its turn comes.
-      drift_rows: of GPTAQ's matrix, strictly upper; None for plain GPTQ.
+      drift_rows: of GPTAQ's matrix transposed, strictly lower; None for plain GPTQ.
 
     Returns:
       Codes, grids, and the loss.
     """
     k, n = w_kn.shape
     block = solver_block(k, rows)
-    sources = (u_rows,) if drift_rows is None else (u_rows, drift_rows)
+    if fixed is None and rows == k:
+        fixed = search_grid(w_kn, weight_k, bits=config.bits, sym=config.sym, scale=config.grid_search), jnp.zeros(k, jnp.int32)
+        fixed = jax.tree.map(lambda part_n: part_n[None], fixed[0]), fixed[1]
 
-    def run_step(step: jax.Array, carry: tuple[_State, _Moved], factors: _Factors, start: jax.Array) -> tuple[_State, _Moved]:
-        state, moved = carry
-        row = start + step * _STEP
+    def turn(start: jax.Array, state: _State) -> _Turn:
+        """What a block begins with."""
+        l_bk = l_rows(start, block)
+        target_bn = jax.lax.dynamic_slice_in_dim(w_kn, start, block)
+        drift_bb = None
+        if drift_rows is not None:
+            drift_bk = drift_rows(start, block)
+            drift_bb = jax.lax.dynamic_slice_in_dim(drift_bk, start, block, axis=1)
+            target_bn = target_bn + _product_so_far(drift_bk, state.turn_kn, start)
+        l_bb = jax.lax.dynamic_slice_in_dim(l_bk, start, block, axis=1)
+        u_bb = transposed_solve(l_bb, jnp.eye(block, dtype=l_bb.dtype))
+        pulled_bn = product(transposed(u_bb), _product_so_far(l_bk, state.moved_kn, start))
+        return _Turn(target_bn, target_bn + pulled_bn, u_bb, drift_bb)
+
+    def begin_wide_group(start: jax.Array, state: _State) -> Grid:
+        """Sets the grid of a group of several blocks, from its rows as they are before the first of them has codes."""
+
+        def current(index: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            group_rn, moved_kn = carry
+            of_block = turn(start + index * block, state._replace(moved_kn=moved_kn))
+            moved_bn = of_block.target_bn - of_block.w_bn  # as if it had no grid
+            moved_kn = jax.lax.dynamic_update_slice_in_dim(moved_kn, moved_bn, start + index * block, 0)
+            return jax.lax.dynamic_update_slice_in_dim(group_rn, of_block.w_bn, index * block, 0), moved_kn
+
+        group_rn = jnp.zeros((rows, n), w_kn.dtype)
+        group_rn, _ = jax.lax.fori_loop(0, rows // block, current, (group_rn, state.moved_kn))
+        return _begin_group(state.grid, group_rn, weight_k, start, config)
+
+    def run_step(step: jax.Array, done: _Block, begun: _Turn, start: jax.Array) -> _Block:
+        at = step * _STEP
+        row = start + at
+        grid = done.grid
+        if fixed is None and rows <= block:
+
+            def begin_group() -> Grid:
+                return _begin_group(grid, jax.lax.dynamic_slice_in_dim(done.w_bn, at, rows), weight_k, row, config)
+
+            grid = jax.lax.cond(row % rows == 0, begin_group, lambda: grid)
         if fixed is None:
-            begun = functools.partial(_begin_group, state, weight_k, row, rows, config)
-            grid = jax.lax.cond(row % rows == 0, begun, lambda: state.grid)
             of_step = jax.tree.map(lambda part_gn: jax.lax.dynamic_slice_in_dim(part_gn, row // rows, 1), grid)
         else:
-            grid = state.grid
             groups_r = jax.lax.dynamic_slice_in_dim(fixed[1], row, _STEP)
             of_step = jax.tree.map(lambda part_gn: part_gn[groups_r], grid)
-        w_rn = jax.lax.dynamic_slice_in_dim(state.w_kn, row, _STEP)
-        corners = [jax.lax.dynamic_slice(factor_bk, (step * _STEP, row), (_STEP, _STEP)) for factor_bk in factors]
+        factors = [begun.u_bb] if begun.drift_bb is None else [begun.u_bb, begun.drift_bb.T]
+        corners = [jax.lax.dynamic_slice(factor_bb, (at, at), (_STEP, _STEP)) for factor_bb in factors]
+        w_rn = jax.lax.dynamic_slice_in_dim(done.w_bn, at, _STEP)
         found = gptq_block(w_rn, corners[0], *of_step, *corners[1:], bits=config.bits)
-        new = (found.error_rn, found.turn_rn)[: len(factors)]
         # Rows up to this step are done, and those of U would move them on.
-        later_b = (jnp.arange(block) >= (step + 1) * _STEP)[None, :]
-        of_block = [jax.lax.dynamic_slice(factor_bk, (step * _STEP, start), (_STEP, block)) for factor_bk in factors]
-        w_bn = jax.lax.dynamic_slice_in_dim(state.w_kn, start, block)
-        w_bn = _spread(w_bn, [jnp.where(later_b, factor_rb, 0.0) for factor_rb in of_block], new)
-        state = _State(
-            jax.lax.dynamic_update_slice_in_dim(state.w_kn, w_bn, start, 0),
-            jax.lax.dynamic_update_slice_in_dim(state.codes_kn, found.codes_rn, row, 0),
+        later_b = (jnp.arange(block) >= at + _STEP)[None, :]
+        of_block = [jnp.where(later_b, jax.lax.dynamic_slice_in_dim(factor_bb, at, _STEP), 0.0) for factor_bb in factors]
+        w_bn = done.w_bn - product(transposed(of_block[0]), found.error_rn)
+        put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=at, axis=0)
+        turn_bn = done.turn_bn
+        if len(of_block) > 1:
+            w_bn = w_bn + product(transposed(of_block[1]), found.turn_rn)
+            turn_bn = put(turn_bn, found.turn_rn)
+        points_rn = of_step.scale_n * (found.codes_rn.astype(w_bn.dtype) - of_step.zero_n)
+        return _Block(
+            w_bn,
+            put(done.points_bn, points_rn),
+            turn_bn,
+            put(done.codes_bn, found.codes_rn),
             grid,
-            state.loss_n + jnp.sum(jnp.square(found.error_rn), axis=0),
+            done.loss_n + jnp.sum(jnp.square(found.error_rn), axis=0),
         )
-        put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=step * _STEP, axis=0)
-        return state, tuple(put(all_bn, part_rn) for all_bn, part_rn in zip(moved, new, strict=True))
 
     def run_block(index: jax.Array, state: _State) -> _State:
         start = index * block
-        factors = tuple(rows_of(start, block) for rows_of in sources)
-        run = functools.partial(run_step, factors=factors, start=start)
-        nothing = tuple(jnp.zeros((block, n), w_kn.dtype) for _ in factors)
-        state, moved = jax.lax.fori_loop(0, block // _STEP, run, (state, nothing))
-
-        def update(later: jax.Array, w_kn: jax.Array) -> jax.Array:
-            of_block = [jax.lax.dynamic_slice(factor_bk, (0, later * block), (block, block)) for factor_bk in factors]
-            w_bn = _spread(jax.lax.dynamic_slice_in_dim(w_kn, later * block, block), of_block, moved)
-            return jax.lax.dynamic_update_slice_in_dim(w_kn, w_bn, later * block, 0)
-
-        return state._replace(w_kn=jax.lax.fori_loop(index + 1, k // block, update, state.w_kn))
+        begun = turn(start, state)
+        grid = state.grid
+        if fixed is None and rows > block:
+            grid = jax.lax.cond(start % rows == 0, lambda: begin_wide_group(start, state), lambda: grid)
+        nothing_bn = jnp.zeros_like(begun.w_bn)
+        turn_bn = nothing_bn if drift_rows is not None else nothing_bn[:0]
+        done = _Block(begun.w_bn, nothing_bn, turn_bn, nothing_bn.astype(jnp.uint8), grid, state.loss_n)
+        done = jax.lax.fori_loop(0, block // _STEP, functools.partial(run_step, begun=begun, start=start), done)
+        target_bn = begun.target_bn
+        put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=0)
+        turn_kn = state.turn_kn
+        if begun.drift_bb is not None:
+            target_bn = target_bn + product(begun.drift_bb, done.turn_bn)
+            turn_kn = put(turn_kn, done.turn_bn)
+        return _State(
+            put(state.moved_kn, target_bn - done.points_bn), turn_kn, put(state.codes_kn, done.codes_bn), done.grid, done.loss_n
+        )
 
     empty = Grid(jnp.ones((k // rows, n), w_kn.dtype), jnp.zeros((k // rows, n), w_kn.dtype))
-    state = _State(w_kn, jnp.zeros((k, n), jnp.uint8), empty if fixed is None else fixed[0], jnp.zeros_like(w_kn[0]))
+    nothing_kn = jnp.zeros_like(w_kn)
+    state = _State(
+        nothing_kn,
+        nothing_kn if drift_rows is not None else nothing_kn[:0],
+        jnp.zeros((k, n), jnp.uint8),
+        empty if fixed is None else fixed[0],
+        jnp.zeros_like(w_kn[0]),
+    )
     state = jax.lax.fori_loop(0, k // block, run_block, state)
     return Compensated(state.codes_kn, state.grid, state.loss_n)
 
@@ -129,15 +203,22 @@ def solver_block(k: int, rows: int) -> int:
     return max(fits)
 
 
-def _begin_group(state: _State, weight_k: jax.Array, row: jax.Array, rows: int, config: QuantizeConfig) -> Grid:
+def _product_so_far(a_bk: jax.Array, b_kn: jax.Array, start: jax.Array) -> jax.Array:
+    """`A B`, where rows of B from `start` on are zeros: chunks of K that hold nothing else are left out."""
+    block, k = a_bk.shape
+    chunk = max(size for size in range(block, max(_MAX_CHUNK, block) + 1, block) if k % size == 0)
+
+    def add(index: jax.Array, sum_bn: jax.Array) -> jax.Array:
+        a_bc = jax.lax.dynamic_slice_in_dim(a_bk, index * chunk, chunk, axis=1)
+        return sum_bn + product(a_bc, jax.lax.dynamic_slice_in_dim(b_kn, index * chunk, chunk))
+
+    return jax.lax.fori_loop(0, -(-start // chunk), add, jnp.zeros((block, b_kn.shape[1]), b_kn.dtype))
+
+
+def _begin_group(all_groups: Grid, w_rn: jax.Array, weight_k: jax.Array, row: jax.Array, config: QuantizeConfig) -> Grid:
     """Sets the grid of the group that begins at `row` from its rows as they are now."""
-    w_rn, weight_r = (jax.lax.dynamic_slice_in_dim(part, row, rows) for part in (state.w_kn, weight_k))
+    rows = w_rn.shape[0]
+    weight_r = jax.lax.dynamic_slice_in_dim(weight_k, row, rows)
     begun = search_grid(w_rn, weight_r, bits=config.bits, sym=config.sym, scale=config.grid_search)
-    group = row // rows
-    return jax.tree.map(lambda all_gn, one_n: jax.lax.dynamic_update_index_in_dim(all_gn, one_n, group, 0), state.grid, begun)
-
-
-def _spread(w_bn: jax.Array, factors: Sequence[jax.Array], moved: Sequence[jax.Array]) -> jax.Array:
-    """`w - u^T e`, what the errors of R rows change in B later ones, and `+ p^T w_turn`, what GPTAQ's correction does."""
-    products = [product(transposed(factor_rb), moved_rn) for factor_rb, moved_rn in zip(factors, moved, strict=True)]
-    return w_bn - products[0] if len(products) == 1 else w_bn - products[0] + products[1]
+    put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=row // rows, axis=0)
+    return jax.tree.map(put, all_groups, begun)

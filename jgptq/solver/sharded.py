@@ -13,7 +13,7 @@ from jgptq.notation import Float, Int
 from jgptq.solver.cholesky import added_damping, all_finite
 from jgptq.solver.order import RowOrder, row_order
 from jgptq.solver.outcome import Outcome
-from jgptq.solver.slab_cholesky import damped_inverse_slabs, slab_diagonal
+from jgptq.solver.slab_cholesky import damped_slabs, slab_diagonal
 from jgptq.solver.slabs import Slabs, chunk_rows, gathered_rows, on_all_devices, on_slabs
 from jgptq.solver.solution import Solution, diagnose, round_to_nearest, summed, undamped_loss
 from jgptq.solver.solve import factor_outcome, in_file_order, quantize_rows
@@ -24,7 +24,7 @@ class ShardedPrepared(NamedTuple):
     """What all columns on one Hessian share; `jgptq.solver.Prepared` in slabs."""
 
     h: Slabs  # undamped, in file order
-    u: Slabs | None  # upper factor of the damped inverse, in the solver's sequence; None for round-to-nearest
+    factor: Slabs | None  # lower factor of the damped H, in the solver's sequence; None for round-to-nearest
     order: RowOrder  # of the K rows that are not padding, whole on every device
     diag_k: Float[jax.Array, " K"]  # of H, in file order, likewise
     damping: Float[jax.Array, ""]
@@ -32,9 +32,9 @@ class ShardedPrepared(NamedTuple):
 
 
 def prepare(h: Slabs, config: QuantizeConfig) -> ShardedPrepared:
-    """Orders the rows of K and factors the damped inverse Hessian on its slabs: `jgptq.solver.prepare`, as one program.
+    """Orders the rows of K and factors the damped Hessian on its slabs: `jgptq.solver.prepare`, as one program.
 
-    A device holds its slab of H, its slab of U, and a few panels of rows. Rows of padding come last and are dead.
+    A device holds its slab of H, its slab of L, and a few panels of rows. Rows of padding come last and are dead.
 
     Args:
       h: the Hessian of `jgptq.solver.slabs.hessian`.
@@ -50,8 +50,8 @@ def prepare(h: Slabs, config: QuantizeConfig) -> ShardedPrepared:
     one_device |= {"float64": not config.float64}
     if refused := [name for name, fits in one_device.items() if not fits]:
         raise ConfigError(f"a mesh solves methods gptq and rtn, in float32 and without refinement; change {', '.join(refused)}")
-    u, shared = factored(h, config)
-    return ShardedPrepared(h, u, *shared)
+    factor, shared = factored(h, config)
+    return ShardedPrepared(h, factor, *shared)
 
 
 class _Shared(NamedTuple):
@@ -76,20 +76,20 @@ def factored(h: Slabs, config: QuantizeConfig) -> tuple[Slabs | None, _Shared]:
             return None, _Shared(row_order("none", diag_k, rows), diag_k, jnp.float32(0), outcome)
         order = row_order(config.order, diag_k, rows)
         rows_k = jnp.concatenate([order.rows_k, jnp.arange(h.k, h_kc.shape[0])])
-        factor = damped_inverse_slabs(h_kc, rows_k, config.damping)
+        factor = damped_slabs(h_kc, rows_k, config.damping)
         # Slabs are summed as `h^T h`: there is nothing that could make them differ from their mirror image.
         outcome = factor_outcome(factor, diag_k, config, finite=finite, symmetric=jnp.bool_(True))
-        return factor.u_kk, _Shared(order, diag_k, factor.damping, outcome)
+        return factor.l_kk, _Shared(order, diag_k, factor.damping, outcome)
 
-    u_pp, shared = on_slabs(local, h.mesh, sharding.COLUMNS, (sharding.COLUMNS, sharding.WHOLE))(h.values)
-    return None if u_pp is None else Slabs(u_pp, h.k, h.mesh), shared
+    l_pp, shared = on_slabs(local, h.mesh, sharding.COLUMNS, (sharding.COLUMNS, sharding.WHOLE))(h.values)
+    return None if l_pp is None else Slabs(l_pp, h.k, h.mesh), shared
 
 
 @functools.partial(jax.jit, static_argnames="config")
 def solve_columns(w_kn: Float[jax.Array, "K N"], prepared: ShardedPrepared, config: QuantizeConfig) -> Solution:
     """Quantizes columns, equally many on each device: `jgptq.solver.solve_columns` on a mesh.
 
-    Columns need nothing of each other; a block's rows of U are gathered when its turn comes, and rows of H for the losses.
+    Columns need nothing of each other; a block's rows of L are gathered when its turn comes, and rows of H for the losses.
 
     Args:
       w_kn: float32 `[K, N]`, in file order; best in the layout `jgptq.sharding.by_columns` already. Where devices do not divide
@@ -107,15 +107,15 @@ def solve_columns(w_kn: Float[jax.Array, "K N"], prepared: ShardedPrepared, conf
     k, n = w_kn.shape
     if k != h.k:
         raise ConfigError(f"a kernel of {k} in-features cannot be solved on a Hessian of {h.k}")
-    if config.method != "rtn" and prepared.u is None:
+    if config.method != "rtn" and prepared.factor is None:
         raise ConfigError('the Hessian was prepared for method "rtn"; prepare it with the config of this solve')
     own = functools.partial(_solve_own, config=config, chunk=chunk_rows(h.values.shape[0], mesh))
     specs = (sharding.COLUMNS, sharding.COLUMNS, sharding.COLUMNS, sharding.WHOLE)
     shared = _Shared(prepared.order, prepared.diag_k, prepared.damping, prepared.outcome)
-    u_pp = None if prepared.u is None else prepared.u.values
+    l_pp = None if prepared.factor is None else prepared.factor.values
     columns_kn = jnp.pad(w_kn, ((0, 0), (0, -n % mesh.size)))
     layout = Solution(**_WHERE | {"group_k": sharding.WHOLE if config.order == "desc_act" else None})
-    found = on_slabs(own, mesh, specs, layout)(columns_kn, h.values, u_pp, shared)
+    found = on_slabs(own, mesh, specs, layout)(columns_kn, h.values, l_pp, shared)
     group_k = found.group_k
     cut = jax.tree.map(lambda leaf: leaf[..., :n] if leaf.ndim else leaf, found._replace(group_k=None))
     return diagnose(cut._replace(group_k=group_k), w_kn)
@@ -135,7 +135,7 @@ _WHERE: dict[str, Any] = {
 def _solve_own(
     w_kn: jax.Array,
     h_pc: jax.Array,
-    u_pc: jax.Array | None,
+    l_pc: jax.Array | None,
     shared: _Shared,
     config: QuantizeConfig,
     chunk: int,
@@ -144,15 +144,15 @@ def _solve_own(
     k = w_kn.shape[0]
     rounded = round_to_nearest(w_kn, config, shared.diag_k)
     rtn_loss_n = _gathered_loss(w_kn - rounded.dequantize(), h_pc, chunk)
-    if config.method == "rtn" or u_pc is None:
+    if config.method == "rtn" or l_pc is None:
         outcome = jnp.where(shared.outcome == Outcome.NONFINITE_HESSIAN, shared.outcome, Outcome.ROUNDED)
         return rounded._replace(loss_n=rtn_loss_n, rtn_loss_n=rtn_loss_n, outcome=outcome)
 
-    def u_rows(start: jax.Array, size: int) -> jax.Array:
-        return gathered_rows(u_pc, start, size)[:, :k]
+    def l_rows(start: jax.Array, size: int) -> jax.Array:
+        return gathered_rows(l_pc, start, size)[:, :k]
 
     rows_k = shared.order.rows_k
-    found = quantize_rows(w_kn[rows_k], u_rows, shared.diag_k[rows_k], shared.order, config)
+    found = quantize_rows(w_kn[rows_k], l_rows, shared.diag_k[rows_k], shared.order, config)
     solution = in_file_order(found, shared.order, group_rows(k, config.group_size), config)
     return solution._replace(
         loss_n=undamped_loss(found.loss_n, w_kn - solution.dequantize(), added_damping(shared.diag_k, shared.damping)),

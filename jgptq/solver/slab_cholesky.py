@@ -1,4 +1,4 @@
-"""The upper factor U of the inverse Hessian, `H^-1 = U^T U`, on slabs: panel by panel, in place.
+"""The lower factor L of the Hessian, `H = L^T L`, on slabs: panel by panel, in place.
 
 All functions here are called on every device, inside `shard_map`, with its own slab `[K, C]` of columns.
 """
@@ -8,9 +8,9 @@ import jax.numpy as jnp
 
 from jgptq import sharding
 from jgptq.notation import Float, Int
-from jgptq.solver.cholesky import Factor, all_finite, diagonal, inverse_factor, raised_until_finite
+from jgptq.solver.cholesky import Factor, all_finite, diagonal, lower_factor, raised_until_finite
 from jgptq.solver.slabs import PANEL, first_column, gathered, gathered_rows, on_all_devices, own_columns
-from jgptq.solver.triangular import product, transposed
+from jgptq.solver.triangular import product, transposed, transposed_solve
 
 _MAX_TILE = 2048
 
@@ -22,8 +22,8 @@ def slab_diagonal(slab_kc: Float[jax.Array, "K C"]) -> Float[jax.Array, " K"]:
     return jax.lax.all_gather(diagonal(own_cc), sharding.ALL, tiled=True)
 
 
-def damped_inverse_slabs(h_kc: Float[jax.Array, "K C"], rows_k: Int[jax.Array, " K"], damping: float) -> Factor:
-    """`jgptq.solver.cholesky.damped_inverse_factor` of `H[rows, :][:, rows]`, on slabs.
+def damped_slabs(h_kc: Float[jax.Array, "K C"], rows_k: Int[jax.Array, " K"], damping: float) -> Factor:
+    """`jgptq.solver.cholesky.damped_factor` of `H[rows, :][:, rows]`, on slabs.
 
     Args:
       h_kc: this device's columns of H, in file order; it is only read.
@@ -31,12 +31,12 @@ def damped_inverse_slabs(h_kc: Float[jax.Array, "K C"], rows_k: Int[jax.Array, "
       damping: the first lambda.
 
     Returns:
-      This device's columns of U, in sequence; the lambda that all of U needed, and whether all of it is finite.
+      This device's columns of L, in sequence; the lambda that all of L needed, and whether all of it is finite.
     """
 
     def attempt(added: jax.Array, memory_kc: jax.Array) -> tuple[jax.Array, jax.Array]:
-        u_kc = _factored(_permuted(h_kc, rows_k, added, memory_kc))
-        return u_kc, on_all_devices(all_finite(u_kc))
+        l_kc = _factored(_permuted(h_kc, rows_k, added, memory_kc))
+        return l_kc, on_all_devices(all_finite(l_kc))
 
     return raised_until_finite(attempt, jnp.zeros_like(h_kc), slab_diagonal(h_kc), damping)
 
@@ -59,28 +59,24 @@ def _permuted(h_kc: jax.Array, rows_k: jax.Array, added: jax.Array, memory_kc: j
 
 
 def _factored(a_kc: jax.Array) -> jax.Array:
-    """U in the place of a positive definite A, `A = R R^T`, `U = R^-1`, by eliminating panels of rows from the last to the first.
+    """L in the place of a positive definite A, `A = L^T L`, by eliminating panels of rows from the last to the first.
 
-    When panel j's turn comes, its rows and those before hold the Schur complement of the panels after it in the columns up to j,
-    and `-R U` of those panels in the columns after j. With `U_jj` from the complement's corner, `U_j: = U_jj A_j:` is the panel's
-    part of U right of the corner and, by symmetry, `R_:j^T` left of it, and every earlier row i takes its share: `A_i: -= R_ij
-    U_j:`. So each step sends one panel of rows to every device, all columns are at work in all steps, and slabs of neighbouring
-    columns are as balanced as any.
+    When panel j's turn comes, its rows hold the Schur complement of the panels after it in the columns up to j. With L_jj from
+    the complement's corner, `L_j: = L_jj^-T A_j:` left of it, and every earlier row i takes its share, `A_i: -= L_ji^T L_j:`. So
+    each step sends one panel of rows to every device.
     """
     k, width = a_kc.shape
     tile = min(_MAX_TILE, k)
-    panel_c = (first_column(width) + jnp.arange(width)) // PANEL
 
     def eliminate(step: jax.Array, a_kc: jax.Array) -> jax.Array:
-        index = k // PANEL - 1 - step
-        start = index * PANEL
+        start = (k // PANEL - 1 - step) * PANEL
         complement_bk = gathered_rows(a_kc, start, PANEL)
         corner_bb = jax.lax.dynamic_slice_in_dim(complement_bk, start, PANEL, axis=1)
-        u_bb = inverse_factor(corner_bb, jnp.zeros(PANEL))
-        row_bk = jax.lax.dynamic_update_slice_in_dim(product(u_bb, complement_bk), u_bb, start, 1)
+        l_bb = lower_factor(corner_bb, jnp.zeros(PANEL))
+        row_bk = jnp.where(jnp.arange(k)[None, :] < start, transposed_solve(l_bb, complement_bk), 0.0)
+        row_bk = jax.lax.dynamic_update_slice_in_dim(row_bk, l_bb, start, 1)
         row_bc = own_columns(row_bk, width)
-        u_bc = jnp.where((panel_c >= index)[None, :], row_bc, 0.0)
-        a_kc = jax.lax.dynamic_update_slice_in_dim(a_kc, u_bc, start, 0)
+        a_kc = jax.lax.dynamic_update_slice_in_dim(a_kc, row_bc, start, 0)
 
         def spread(number: jax.Array, a_kc: jax.Array) -> jax.Array:
             # The last tile may begin within the one before, whose rows are done, and end beyond the rows that have a share.
@@ -89,9 +85,7 @@ def _factored(a_kc: jax.Array) -> jax.Array:
             due_t = (at_t >= number * tile) & (at_t < start)
             r_bt = jnp.where(due_t[None, :], jax.lax.dynamic_slice_in_dim(row_bk, first, tile, axis=1), 0.0)
             a_tc = jax.lax.dynamic_slice_in_dim(a_kc, first, tile)
-            # Where the complement's own column j stood, U begins.
-            a_tc = jnp.where(due_t[:, None] & (panel_c == index)[None, :], 0.0, a_tc) - product(transposed(r_bt), row_bc)
-            return jax.lax.dynamic_update_slice_in_dim(a_kc, a_tc, first, 0)
+            return jax.lax.dynamic_update_slice_in_dim(a_kc, a_tc - product(transposed(r_bt), row_bc), first, 0)
 
         return jax.lax.fori_loop(0, -(-start // tile), spread, a_kc)
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jgptq.config import QuantizeConfig, group_rows
 from jgptq.errors import ConfigError
 from jgptq.notation import Bool, Float, Int
-from jgptq.solver.cholesky import Factor, added_damping, all_finite, damped_inverse_factor, diagonal
+from jgptq.solver.cholesky import Factor, added_damping, all_finite, damped_factor, diagonal
 from jgptq.solver.compensate import Compensated, Rows, compensate
 from jgptq.solver.grid import search_grid
 from jgptq.solver.order import RowOrder, inverse_permutation, row_order
@@ -23,7 +23,7 @@ class Prepared(NamedTuple):
     """What all columns on one Hessian share. Rows and columns of K stand in the solver's sequence."""
 
     h_kk: Float[jax.Array, "K K"]  # undamped
-    u_kk: Float[jax.Array, "K K"] | None  # upper factor of the damped inverse; None for round-to-nearest
+    l_kk: Float[jax.Array, "K K"] | None  # lower factor of the damped H; None for round-to-nearest
     drift_kk: Float[jax.Array, "K K"] | None  # 2/T X^T (X_f - X); None where the solve does not look at the float model
     order: RowOrder
     damping: Float[jax.Array, ""]  # fraction of the mean diagonal that was added
@@ -32,7 +32,7 @@ class Prepared(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames="config")
 def prepare(h_kk: Float[jax.Array, "K K"], config: QuantizeConfig, drift_kk: Float[jax.Array, "K K"] | None = None) -> Prepared:
-    """Orders the rows of K and factors the damped inverse Hessian, `H^-1 = U^T U`, once for all columns.
+    """Orders the rows of K and factors the damped Hessian, `H + lambda = L^T L`, once for all columns.
 
     Args:
       h_kk: `[K, K]`, the Hessian of `jgptq.solver.hessian`.
@@ -58,13 +58,13 @@ def prepare(h_kk: Float[jax.Array, "K K"], config: QuantizeConfig, drift_kk: Flo
         return Prepared(h_kk, None, None, order, jnp.float32(0), outcome)
     order = row_order(config.order, diag_k, rows)
     sequence_kk = in_sequence(h_kk, order)
-    factor = damped_inverse_factor(sequence_kk, config.damping)
+    factor = damped_factor(sequence_kk, config.damping)
     if drift_kk is not None:
         finite = finite & all_finite(drift_kk)
     outcome = factor_outcome(factor, diag_k, config, finite=finite, symmetric=symmetric)
     if drift_kk is not None:
         drift_kk = in_sequence(drift_kk.astype(h_kk.dtype), order)
-    return Prepared(sequence_kk, factor.u_kk, drift_kk, order, factor.damping, outcome)
+    return Prepared(sequence_kk, factor.l_kk, drift_kk, order, factor.damping, outcome)
 
 
 def factor_outcome(
@@ -141,7 +141,7 @@ def _solved(
         loss_n = output_loss(sequence_kn - rounded.dequantize()[rows_k].astype(w_kn.dtype), prepared.h_kk)
         outcome = jnp.where(prepared.outcome == Outcome.NONFINITE_HESSIAN, prepared.outcome, rounded.outcome)
         return diagnose(rounded._replace(loss_n=loss_n, outcome=outcome), w_kn), sequence_kn
-    if prepared.u_kk is None:
+    if prepared.l_kk is None:
         raise ValueError("the Hessian was prepared for round-to-nearest; prepare it with the config of this solve")
     target_kn = _target(sequence_kn, prepared, config, None if residual_kn is None else residual_kn[rows_k].astype(w_kn.dtype))
     found = _compensated(sequence_kn, target_kn, prepared, config)
@@ -165,7 +165,8 @@ def solve(
 ) -> Solution:
     """Quantizes a kernel so that its output error `tr((W - Q)^T H (W - Q))` is small (GPTQ, Frantar et al. 2022, algorithm 1).
 
-    Rows are quantized in sequence; the error of each is spread over the rows after it, `w_j -= u[k, j] e_k`, with `H^-1 = U^T U`.
+    Rows are quantized in sequence; the error of each is spread over the rows after it, `w_j -= u[k, j] e_k`, with `H^-1 = U^T U`
+    (`jgptq.solver.compensate` says how that is done without U).
     A group's grid is set from its rows as they are when its turn comes. Linears that share H are solved at once: put them side by
     side. Where a drift or a residual is given, W is the shifted target of `jgptq.solver.target`.
 
@@ -195,28 +196,28 @@ def _target(w_kn: jax.Array, prepared: Prepared, config: QuantizeConfig, residua
     if config.method in ("gptaq", "qronos") and prepared.drift_kk is None:
         raise ValueError(f"method {config.method!r} needs the drift of the inputs: give drift_kk to prepare")
     residual_kn = residual_kn if config.shifts_residual else None
-    if prepared.u_kk is None or (prepared.drift_kk is None and residual_kn is None):
+    if prepared.l_kk is None or (prepared.drift_kk is None and residual_kn is None):
         return w_kn
-    return shifted_target(w_kn, prepared.u_kk, prepared.drift_kk, residual_kn, config.target_shift, config.residual_shift)
+    return shifted_target(w_kn, prepared.l_kk, prepared.drift_kk, residual_kn, config.target_shift, config.residual_shift)
 
 
 def _compensated(w_kn: jax.Array, target_kn: jax.Array, prepared: Prepared, config: QuantizeConfig) -> Compensated:
     """Runs the loop of the method."""
-    u_kk, h_kk, drift_kk = prepared.u_kk, prepared.h_kk, prepared.drift_kk
-    assert u_kk is not None
+    l_kk, h_kk, drift_kk = prepared.l_kk, prepared.h_kk, prepared.drift_kk
+    assert l_kk is not None
     start_kn, p_kk = target_kn, None
     if config.method == "gptaq" and drift_kk is not None:
-        start_kn, p_kk = w_kn, gptaq_drift(u_kk, drift_kk, config.target_shift)
+        start_kn, p_kk = w_kn, gptaq_drift(l_kk, drift_kk, config.target_shift)
     if config.method == "qronos" and drift_kk is not None:
-        start_kn = qronos_start(w_kn, target_kn, u_kk, h_kk, drift_kk, config.target_shift)
+        start_kn = qronos_start(w_kn, target_kn, l_kk, h_kk, drift_kk, config.target_shift)
     p_rows = None if p_kk is None else functools.partial(jax.lax.dynamic_slice_in_dim, p_kk)
-    u_rows = functools.partial(jax.lax.dynamic_slice_in_dim, u_kk)
-    return quantize_rows(start_kn, u_rows, diagonal(h_kk), prepared.order, config, p_rows)
+    l_rows = functools.partial(jax.lax.dynamic_slice_in_dim, l_kk)
+    return quantize_rows(start_kn, l_rows, diagonal(h_kk), prepared.order, config, p_rows)
 
 
 def quantize_rows(
     start_kn: Float[jax.Array, "K N"],
-    u_rows: Rows,
+    l_rows: Rows,
     diag_k: Float[jax.Array, " K"],
     order: RowOrder,
     config: QuantizeConfig,
@@ -226,11 +227,11 @@ def quantize_rows(
 
     Args:
       start_kn: what the loop begins with, in the solver's sequence.
-      u_rows: rows of the upper factor of the damped inverse.
+      l_rows: rows of the lower factor of the damped Hessian.
       diag_k: the diagonal of H, in the same sequence.
       order: that sequence.
       config: bits, group size, order, grid.
-      drift_rows: rows of GPTAQ's matrix, or None.
+      drift_rows: rows of GPTAQ's matrix transposed, or None.
     """
     k, n = start_kn.shape
     rows = group_rows(k, config.group_size)
@@ -240,7 +241,7 @@ def quantize_rows(
         grouped = start_kn[to_file_k].reshape(-1, rows, n), diag_k[to_file_k].reshape(-1, rows)
         grid = search_grid(*grouped, bits=config.bits, sym=config.sym, scale=config.grid_search)
         fixed = grid, order.rows_k // rows
-    return compensate(start_kn, u_rows, diag_k, rows=rows, config=config, fixed=fixed, drift_rows=drift_rows)
+    return compensate(start_kn, l_rows, diag_k, rows=rows, config=config, fixed=fixed, drift_rows=drift_rows)
 
 
 def _improved(found: Compensated, target_kn: jax.Array, prepared: Prepared, rows: int, config: QuantizeConfig) -> Refined:

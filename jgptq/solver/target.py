@@ -4,13 +4,14 @@ import jax
 import jax.numpy as jnp
 
 from jgptq.notation import Float
+from jgptq.solver import triangular
 from jgptq.solver.order import RowOrder
-from jgptq.solver.triangular import product, times_upper, times_upper_transposed, transposed, upper_times, upper_transposed_times
+from jgptq.solver.triangular import product
 
 
 def shifted_target(
     w_kn: Float[jax.Array, "K N"],
-    u_kk: Float[jax.Array, "K K"],
+    l_kk: Float[jax.Array, "K K"],
     drift_kk: Float[jax.Array, "K K"] | None,
     residual_kn: Float[jax.Array, "K N"] | None,
     target_shift: float,
@@ -26,7 +27,7 @@ def shifted_target(
 
     Args:
       w_kn: the kernel `[K, N]`.
-      u_kk: `(H + lambda)^-1 = U^T U`, rows as in `w_kn`.
+      l_kk: lower triangular, `H + lambda = L^T L`, rows as in `w_kn`.
       drift_kk: C; None counts as zeros.
       residual_kn: R; None counts as zeros.
       target_shift: a.
@@ -40,30 +41,30 @@ def shifted_target(
         pull_kn = pull_kn + target_shift * product(drift_kk, w_kn)
     if residual_kn is not None and residual_shift:
         pull_kn = pull_kn + residual_shift * residual_kn
-    return w_kn + upper_transposed_times(u_kk, upper_times(u_kk, pull_kn))
+    return w_kn + triangular.solve(l_kk, triangular.transposed_solve(l_kk, pull_kn))
 
 
-def gptaq_drift(u_kk: Float[jax.Array, "K K"], drift_kk: Float[jax.Array, "K K"], alpha: float) -> Float[jax.Array, "K K"]:
+def gptaq_drift(l_kk: Float[jax.Array, "K K"], drift_kk: Float[jax.Array, "K K"], alpha: float) -> Float[jax.Array, "K K"]:
     """The matrix P of GPTAQ's loop, by which row k moves the rows after it, `w_j += P[k, j] w_k` (arXiv 2504.02692, eq. 18).
 
-    `P = alpha strictly_upper((X_f - X)^T X U^T) U`, with `H^-1 = U^T U`.
+    `P = alpha strictly_upper(strictly_upper((X_f - X)^T X U^T) U)`, with `H^-1 = U^T U`, that is `U = L^-T`.
 
     Args:
-      u_kk: U.
-      drift_kk: C = 2/T X^T (X_f - X), rows and columns as in U.
+      l_kk: L.
+      drift_kk: C = 2/T X^T (X_f - X), rows and columns as in L.
       alpha: the fraction that is corrected.
 
     Returns:
-      P, strictly upper.
+      P transposed, strictly lower.
     """
-    ahead_kk = jnp.triu(times_upper_transposed(transposed(drift_kk), u_kk), 1)
-    return alpha * jnp.triu(times_upper(ahead_kk, u_kk), 1)
+    behind_kk = jnp.tril(triangular.transposed_solve(l_kk, drift_kk), -1)
+    return alpha * jnp.tril(triangular.solve(l_kk, behind_kk), -1)
 
 
 def qronos_start(
     w_kn: Float[jax.Array, "K N"],
     target_kn: Float[jax.Array, "K N"],
-    u_kk: Float[jax.Array, "K K"],
+    l_kk: Float[jax.Array, "K K"],
     h_kk: Float[jax.Array, "K K"],
     drift_kk: Float[jax.Array, "K K"],
     alpha: float,
@@ -77,9 +78,9 @@ def qronos_start(
     Args:
       w_kn: the kernel `[K, N]`.
       target_kn: W' of `shifted_target`.
-      u_kk: U.
+      l_kk: L, rows and columns as in `w_kn`.
       h_kk: the undamped Hessian.
-      drift_kk: C, rows and columns as in U.
+      drift_kk: C, rows and columns as in L.
       alpha: the fraction that is corrected.
 
     Returns:
@@ -88,8 +89,9 @@ def qronos_start(
     live = h_kk[0, 0] > 0
     pull_n = alpha * product(drift_kk[:1], w_kn)[0]
     first_n = w_kn[0] + jnp.where(live, pull_n / jnp.where(live, h_kk[0, 0], 1.0), 0.0)
-    moved_n = (target_kn[0] - first_n) / u_kk[0, 0]
-    return target_kn - u_kk[0][:, None] * moved_n[None]
+    one_k1 = jnp.zeros((w_kn.shape[0], 1), w_kn.dtype).at[0].set(1.0)
+    u_k1 = triangular.solve(l_kk, one_k1)  # the first row of U
+    return target_kn - u_k1 * ((target_kn[0] - first_n) / u_k1[0])[None]
 
 
 def in_sequence(a_kk: Float[jax.Array, "K K"], order: RowOrder) -> Float[jax.Array, "K K"]:

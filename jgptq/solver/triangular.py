@@ -1,7 +1,7 @@
-"""Products with triangular matrices, and of a matrix with itself, that leave out what is zero or would be found twice.
+"""Systems with lower triangular matrices, and products of a matrix with itself, that leave out what is zero or known by symmetry.
 
-Each splits its triangle into halves, `T = [[T11, T12], [0, T22]]`, down to pieces of at most 1024 rows, and so does little more
-than half of the multiplications of a whole product; the pieces are matmuls and run at their speed.
+Each splits its triangle into halves, `L = [[L11, 0], [L21, L22]]`, down to small pieces: nearly all of the work is matmuls of
+large blocks, at their speed, and about half of that of whole matrices.
 """
 
 import jax
@@ -9,59 +9,48 @@ import jax.numpy as jnp
 
 from jgptq.notation import Float
 
-SMALLEST = 1024
-"""Rows of a triangle that is multiplied whole: the smaller, the less is multiplied and the more is compiled and copied."""
+_SOLVED_DIRECTLY = 512
+_MULTIPLIED_WHOLE = 1024
+"""Rows of pieces that are not split: the smaller, the less is multiplied and the more is compiled and copied."""
 
 
-def upper_times(t_kk: Float[jax.Array, "K K"], b_kn: Float[jax.Array, "K N"]) -> Float[jax.Array, "K N"]:
-    """`T B` for an upper triangular T."""
-    k = t_kk.shape[0]
-    if k <= SMALLEST:
-        return product(t_kk, b_kn)
+def solve(l_kk: Float[jax.Array, "K K"], b_kn: Float[jax.Array, "K N"]) -> Float[jax.Array, "K N"]:
+    """X with `L X = B`, for a lower triangular L."""
+    k = l_kk.shape[0]
+    if k <= _SOLVED_DIRECTLY:
+        return _solved_directly(l_kk, b_kn, transpose=False)
     half = k // 2
-    first_kn = product(t_kk[:half, half:], b_kn[half:]) + upper_times(t_kk[:half, :half], b_kn[:half])
-    return jnp.concatenate([first_kn, upper_times(t_kk[half:, half:], b_kn[half:])])
+    first_kn = solve(l_kk[:half, :half], b_kn[:half])
+    second_kn = solve(l_kk[half:, half:], b_kn[half:] - product(l_kk[half:, :half], first_kn))
+    return jnp.concatenate([first_kn, second_kn])
 
 
-def times_upper(a_nk: Float[jax.Array, "N K"], t_kk: Float[jax.Array, "K K"]) -> Float[jax.Array, "N K"]:
-    """`A T` for an upper triangular T."""
-    k = t_kk.shape[0]
-    if k <= SMALLEST:
-        return product(a_nk, t_kk)
+def transposed_solve(l_kk: Float[jax.Array, "K K"], b_kn: Float[jax.Array, "K N"]) -> Float[jax.Array, "K N"]:
+    """X with `L^T X = B`, for a lower triangular L."""
+    k = l_kk.shape[0]
+    if k <= _SOLVED_DIRECTLY:
+        return _solved_directly(l_kk, b_kn, transpose=True)
     half = k // 2
-    second_nk = product(a_nk[:, :half], t_kk[:half, half:]) + times_upper(a_nk[:, half:], t_kk[half:, half:])
-    return jnp.concatenate([times_upper(a_nk[:, :half], t_kk[:half, :half]), second_nk], axis=1)
+    second_kn = transposed_solve(l_kk[half:, half:], b_kn[half:])
+    first_kn = transposed_solve(l_kk[:half, :half], b_kn[:half] - product(transposed(l_kk[half:, :half]), second_kn))
+    return jnp.concatenate([first_kn, second_kn])
 
 
-def times_upper_transposed(a_nk: Float[jax.Array, "N K"], t_kk: Float[jax.Array, "K K"]) -> Float[jax.Array, "N K"]:
-    """`A T^T` for an upper triangular T."""
-    k = t_kk.shape[0]
-    if k <= SMALLEST:
-        return product(a_nk, t_kk.T)
-    half = k // 2
-    first_nk = product(a_nk[:, half:], t_kk[:half, half:].T) + times_upper_transposed(a_nk[:, :half], t_kk[:half, :half])
-    return jnp.concatenate([first_nk, times_upper_transposed(a_nk[:, half:], t_kk[half:, half:])], axis=1)
+def _solved_directly(l_kk: jax.Array, b_kn: jax.Array, *, transpose: bool) -> jax.Array:
+    """LAPACK reads and writes columns first: `X^T L^T = B^T`, of transposes that are so in memory, leaves all in place."""
+    x_nk = jax.lax.linalg.triangular_solve(l_kk.T, b_kn.T, left_side=False, lower=False, transpose_a=transpose)
+    return x_nk.T
 
 
-def upper_transposed_times(t_kk: Float[jax.Array, "K K"], b_kn: Float[jax.Array, "K N"]) -> Float[jax.Array, "K N"]:
-    """`T^T B` for an upper triangular T."""
-    k = t_kk.shape[0]
-    if k <= SMALLEST:
-        return product(transposed(t_kk), b_kn)
-    half = k // 2
-    second_kn = product(transposed(t_kk[:half, half:]), b_kn[:half]) + upper_transposed_times(t_kk[half:, half:], b_kn[half:])
-    return jnp.concatenate([upper_transposed_times(t_kk[:half, :half], b_kn[:half]), second_kn])
-
-
-def minus_gram(c_kk: Float[jax.Array, "K K"], s_kn: Float[jax.Array, "K N"]) -> Float[jax.Array, "K K"]:
-    """`C - S S^T` on the diagonal and above it; what lies below the diagonal's pieces is that of C, and not to be read."""
+def minus_gram(c_kk: Float[jax.Array, "K K"], s_nk: Float[jax.Array, "N K"]) -> Float[jax.Array, "K K"]:
+    """`C - S^T S` on the diagonal and below it; what lies above the diagonal's pieces is that of C, and not to be read."""
     k = c_kk.shape[0]
-    if k <= SMALLEST:
-        return c_kk - product(s_kn, s_kn.T)
+    if k <= _MULTIPLIED_WHOLE:
+        return c_kk - product(transposed(s_nk), s_nk)
     half = k // 2
-    above_kk = c_kk[:half, half:] - product(s_kn[:half], s_kn[half:].T)
-    first_kk = jnp.concatenate([minus_gram(c_kk[:half, :half], s_kn[:half]), above_kk], axis=1)
-    second_kk = jnp.concatenate([c_kk[half:, :half], minus_gram(c_kk[half:, half:], s_kn[half:])], axis=1)
+    below_kk = c_kk[half:, :half] - product(transposed(s_nk[:, half:]), s_nk[:, :half])
+    first_kk = jnp.concatenate([minus_gram(c_kk[:half, :half], s_nk[:, :half]), c_kk[:half, half:]], axis=1)
+    second_kk = jnp.concatenate([below_kk, minus_gram(c_kk[half:, half:], s_nk[:, half:])], axis=1)
     return jnp.concatenate([first_kk, second_kk])
 
 
