@@ -17,10 +17,11 @@ from jgptq.config import QuantizeConfig
 from jgptq.errors import ConfigError
 from jgptq.solver import Outcome, Solution, prepare, solve, solve_many
 from jgptq.solver import compensate as COMPENSATE
-from jgptq.solver.cholesky import lower_factor
+from jgptq.solver.cholesky import diagonal_blocks
 from jgptq.solver.grid import search_grid
 from jgptq.solver.order import inverse_permutation, row_order
 from jgptq.solver.target import shifted_target
+from jgptq.solver.triangular import inverse_transposed, lower_factor
 
 K, N, T, WIDTH = 192, 16, 400, 16
 DAMPING = 2.0**-6
@@ -349,7 +350,7 @@ def test_the_solve_does_not_depend_on_the_size_of_its_blocks(problem: Problem, m
             monkeypatch.setattr(COMPENSATE, "_MAX_BLOCK", most)
             assert COMPENSATE.solver_block(K, 32) == block
             run = jax.jit(functools.partial(COMPENSATE.compensate, rows=32, config=config("static")), static_argnums=1)
-            found.append(run(w_kn, l_rows, diag_k))
+            found.append(run(w_kn, l_rows, inverse_transposed(diagonal_blocks(l_kk, block)), diag_k))
     for other in found[1:]:
         np.testing.assert_array_equal(other.codes_kn, found[0].codes_kn)
         np.testing.assert_array_equal(other.grid.scale_n, found[0].grid.scale_n)

@@ -15,8 +15,8 @@ from jgptq.config import QuantizeConfig
 from jgptq.errors import ConfigError
 from jgptq.sharding import make_mesh
 from jgptq.solver import Outcome, Solution, prepare, sharded, slabs, solve, solve_columns
-from jgptq.solver.cholesky import lower_factor
 from jgptq.solver.hessian import accumulate, empty, hessian
+from jgptq.solver.triangular import lower_factor
 
 MESHES = [f"{data}x{model}" for data, model in on_mesh.MESHES]
 

@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from jgptq.config import QuantizeConfig
 from jgptq.errors import ConfigError
 from jgptq.solver import Outcome, prepare, round_to_nearest, solve, solve_columns, triangular
-from jgptq.solver.cholesky import damped_factor, lower_factor
+from jgptq.solver.cholesky import damped_factor
 from jgptq.solver.compensate import solver_block
 from jgptq.solver.grid import minmax_grid
 from jgptq.solver.hessian import accumulate, empty, hessian
 from jgptq.solver.order import row_order
+from jgptq.solver.triangular import lower_factor
 
 K, N, T = 192, 40, 600
 
@@ -129,8 +130,8 @@ def test_solver_block_divides_k_and_never_splits_a_group_unevenly(multiple: int,
     assert block % group_size == 0 or group_size % block == 0
 
 
-@pytest.mark.parametrize("k", [256, 257, 600, 1100, 2300])
-def test_lower_factor_by_halves_factors_the_damped_hessian_from_its_last_row(k: int):
+@pytest.mark.parametrize("k", [32, 257])
+def test_lower_factor_is_that_of_the_damped_hessian_from_its_last_row(k: int):
     inputs = np.random.default_rng(k).normal(size=(2 * k, k))
     h_kk, added_k = inputs.T @ inputs / k, np.linspace(0.1, 1.0, k)
     found = np.asarray(lower_factor(jnp.asarray(h_kk, jnp.float32), jnp.asarray(added_k, jnp.float32)))
@@ -139,10 +140,10 @@ def test_lower_factor_by_halves_factors_the_damped_hessian_from_its_last_row(k: 
     np.testing.assert_allclose(found, np.linalg.cholesky(h_kk[::-1, ::-1])[::-1, ::-1].T, atol=2e-5)
 
 
-def test_systems_by_halves_are_solved():
+def test_triangular_systems_are_solved():
     random = np.random.default_rng(3)
-    l_kk = np.tril(random.normal(size=(1300, 1300)) / 50) + np.eye(1300)
-    b_kn = random.normal(size=(1300, 7))
+    l_kk = np.tril(random.normal(size=(130, 130)) / 20) + np.eye(130)
+    b_kn = random.normal(size=(130, 7))
     arrays = [jnp.asarray(part, jnp.float32) for part in (l_kk, b_kn)]
     np.testing.assert_allclose(l_kk @ np.asarray(triangular.solve(*arrays), np.float64), b_kn, atol=1e-3)
     np.testing.assert_allclose(l_kk.T @ np.asarray(triangular.transposed_solve(*arrays), np.float64), b_kn, atol=1e-3)

@@ -11,11 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from jgptq.notation import Bool, Float
-from jgptq.solver.triangular import minus_gram, transposed_solve
+from jgptq.solver.triangular import lower_factor
 
 DAMPING_STEP = 10.0
 MAX_DAMPING = 1.0
-_FACTORED_DIRECTLY = 512
 _LANES = 8
 
 
@@ -27,37 +26,11 @@ class Factor(NamedTuple):
     finite: Bool[jax.Array, ""]  # False where even the largest damping left a factor that is not finite
 
 
-def lower_factor(h_kk: Float[jax.Array, "K K"], added_k: Float[jax.Array, " K"]) -> Float[jax.Array, "K K"]:
-    """Factors a positive definite matrix as `H + diag(added) = L^T L`, by halves.
-
-    With `H = [[A, B^T], [B, D]]`: L22 from D; L21 from `L22^T L21 = B`; L11 from the Schur complement `A - L21^T L21`. This is
-    the Cholesky factorization from the last row to the first. All but the smallest pieces is matmuls, and only the smallest meet
-    the diagonal: no damped copy of H is made.
-
-    Args:
-      h_kk: float `[K, K]`, symmetric; above the diagonal's smallest pieces nothing is read.
-      added_k: what is added to its diagonal.
-
-    Returns:
-      Lower triangular L; not finite where the sum is not positive definite.
-    """
-    k = h_kk.shape[0]
-    if k <= _FACTORED_DIRECTLY:
-        return _factored_directly(jnp.where(jnp.eye(k, dtype=bool), h_kk + added_k[None, :], h_kk))
-    half = k // 2
-    last = lower_factor(h_kk[half:, half:], added_k[half:])
-    corner = transposed_solve(last, h_kk[half:, :half])
-    first = lower_factor(minus_gram(h_kk[:half, :half], corner), added_k[:half])
-    return jnp.concatenate([jnp.pad(first, ((0, 0), (0, k - half))), jnp.concatenate([corner, last], axis=1)])
-
-
-def _factored_directly(h_kk: jax.Array) -> jax.Array:
-    """With P the reversal of rows, `P H P = C C^T` gives `L = P C^T P`.
-
-    LAPACK reads and writes columns first. The transpositions, of a symmetric matrix and of the result, say so in terms of rows:
-    without them that order of memory spreads to all of H, and copying it costs more than the factorization.
-    """
-    return jnp.linalg.cholesky(h_kk[::-1, ::-1].T, symmetrize_input=False)[::-1, ::-1].T
+def diagonal_blocks(a_kk: Float[jax.Array, "K K"], block: int) -> Float[jax.Array, "C B B"]:
+    """The square blocks along the diagonal; B divides K."""
+    count = a_kk.shape[0] // block
+    at_c = jnp.arange(count)
+    return a_kk.reshape(count, block, count, block)[at_c, :, at_c, :]
 
 
 def all_finite(a_kk: Float[jax.Array, "R K"]) -> Bool[jax.Array, ""]:

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from jgptq.config import ROW_MULTIPLE, QuantizeConfig
 from jgptq.notation import Float, Int, UInt8
 from jgptq.solver.grid import Grid, search_grid
-from jgptq.solver.triangular import product, transposed, transposed_solve
+from jgptq.solver.triangular import product, transposed
 from pallas_kernels import gptq_block
 
 _MAX_BLOCK = 128
-_MAX_CHUNK = 512
+_MAX_CHUNK = 256
 _STEP = ROW_MULTIPLE
 
 
@@ -63,6 +63,7 @@ class _Block(NamedTuple):
 def compensate(
     w_kn: Float[jax.Array, "K N"],
     l_rows: Rows,
+    u_cbb: Float[jax.Array, "C B B"],
     weight_k: Float[jax.Array, " K"],
     *,
     rows: int,
@@ -82,6 +83,7 @@ def compensate(
     Args:
       w_kn: `[K, N]`, in the solver's sequence.
       l_rows: of the lower factor of the damped Hessian, in the same sequence.
+      u_cbb: `L_BB^-T` of each block of `solver_block(K, rows)` rows.
       weight_k: the diagonal of H, for the search of scales.
       rows: rows in a group.
       config: bits, grid and search.
@@ -107,8 +109,7 @@ def compensate(
             drift_bk = drift_rows(start, block)
             drift_bb = jax.lax.dynamic_slice_in_dim(drift_bk, start, block, axis=1)
             target_bn = target_bn + _product_so_far(drift_bk, state.turn_kn, start)
-        l_bb = jax.lax.dynamic_slice_in_dim(l_bk, start, block, axis=1)
-        u_bb = transposed_solve(l_bb, jnp.eye(block, dtype=l_bb.dtype))
+        u_bb = jax.lax.dynamic_index_in_dim(u_cbb, start // block, keepdims=False)
         pulled_bn = product(transposed(u_bb), _product_so_far(l_bk, state.moved_kn, start))
         return _Turn(target_bn, target_bn + pulled_bn, u_bb, drift_bb)
 

@@ -11,13 +11,14 @@ from jgptq.config import QuantizeConfig, group_rows
 from jgptq.errors import ConfigError
 from jgptq.notation import Float, Int
 from jgptq.solver.cholesky import added_damping, all_finite
+from jgptq.solver.compensate import solver_block
 from jgptq.solver.order import RowOrder, row_order
 from jgptq.solver.outcome import Outcome
-from jgptq.solver.slab_cholesky import damped_slabs, slab_diagonal
+from jgptq.solver.slab_cholesky import damped_slabs, slab_diagonal, slab_diagonal_blocks
 from jgptq.solver.slabs import Slabs, chunk_rows, gathered_rows, on_all_devices, on_slabs
 from jgptq.solver.solution import Solution, diagnose, round_to_nearest, summed, undamped_loss
 from jgptq.solver.solve import factor_outcome, in_file_order, quantize_rows
-from jgptq.solver.triangular import product
+from jgptq.solver.triangular import inverse_transposed, product
 
 
 class ShardedPrepared(NamedTuple):
@@ -25,6 +26,7 @@ class ShardedPrepared(NamedTuple):
 
     h: Slabs  # undamped, in file order
     factor: Slabs | None  # lower factor of the damped H, in the solver's sequence; None for round-to-nearest
+    u_cbb: Float[jax.Array, "C B B"] | None  # L_BB^-T of each block of the loop, whole on every device; likewise
     order: RowOrder  # of the K rows that are not padding, whole on every device
     diag_k: Float[jax.Array, " K"]  # of H, in file order, likewise
     damping: Float[jax.Array, ""]
@@ -57,6 +59,7 @@ def prepare(h: Slabs, config: QuantizeConfig) -> ShardedPrepared:
 class _Shared(NamedTuple):
     """The small parts of `ShardedPrepared`, whole on every device."""
 
+    u_cbb: jax.Array | None
     order: RowOrder
     diag_k: jax.Array
     damping: jax.Array
@@ -73,13 +76,14 @@ def factored(h: Slabs, config: QuantizeConfig) -> tuple[Slabs | None, _Shared]:
         rows = group_rows(h.k, config.group_size)
         if config.method == "rtn":
             outcome = jnp.where(finite, Outcome.ROUNDED, Outcome.NONFINITE_HESSIAN)
-            return None, _Shared(row_order("none", diag_k, rows), diag_k, jnp.float32(0), outcome)
+            return None, _Shared(None, row_order("none", diag_k, rows), diag_k, jnp.float32(0), outcome)
         order = row_order(config.order, diag_k, rows)
         rows_k = jnp.concatenate([order.rows_k, jnp.arange(h.k, h_kc.shape[0])])
         factor = damped_slabs(h_kc, rows_k, config.damping)
         # Slabs are summed as `h^T h`: there is nothing that could make them differ from their mirror image.
         outcome = factor_outcome(factor, diag_k, config, finite=finite, symmetric=jnp.bool_(True))
-        return factor.l_kk, _Shared(order, diag_k, factor.damping, outcome)
+        u_cbb = inverse_transposed(slab_diagonal_blocks(factor.l_kk, h.k, solver_block(h.k, rows)))
+        return factor.l_kk, _Shared(u_cbb, order, diag_k, factor.damping, outcome)
 
     l_pp, shared = on_slabs(local, h.mesh, sharding.COLUMNS, (sharding.COLUMNS, sharding.WHOLE))(h.values)
     return None if l_pp is None else Slabs(l_pp, h.k, h.mesh), shared
@@ -111,7 +115,7 @@ def solve_columns(w_kn: Float[jax.Array, "K N"], prepared: ShardedPrepared, conf
         raise ConfigError('the Hessian was prepared for method "rtn"; prepare it with the config of this solve')
     own = functools.partial(_solve_own, config=config, chunk=chunk_rows(h.values.shape[0], mesh))
     specs = (sharding.COLUMNS, sharding.COLUMNS, sharding.COLUMNS, sharding.WHOLE)
-    shared = _Shared(prepared.order, prepared.diag_k, prepared.damping, prepared.outcome)
+    shared = _Shared(prepared.u_cbb, prepared.order, prepared.diag_k, prepared.damping, prepared.outcome)
     l_pp = None if prepared.factor is None else prepared.factor.values
     columns_kn = jnp.pad(w_kn, ((0, 0), (0, -n % mesh.size)))
     layout = Solution(**_WHERE | {"group_k": sharding.WHOLE if config.order == "desc_act" else None})
@@ -144,7 +148,7 @@ def _solve_own(
     k = w_kn.shape[0]
     rounded = round_to_nearest(w_kn, config, shared.diag_k)
     rtn_loss_n = _gathered_loss(w_kn - rounded.dequantize(), h_pc, chunk)
-    if config.method == "rtn" or l_pc is None:
+    if config.method == "rtn" or l_pc is None or shared.u_cbb is None:
         outcome = jnp.where(shared.outcome == Outcome.NONFINITE_HESSIAN, shared.outcome, Outcome.ROUNDED)
         return rounded._replace(loss_n=rtn_loss_n, rtn_loss_n=rtn_loss_n, outcome=outcome)
 
@@ -152,7 +156,7 @@ def _solve_own(
         return gathered_rows(l_pc, start, size)[:, :k]
 
     rows_k = shared.order.rows_k
-    found = quantize_rows(w_kn[rows_k], l_rows, shared.diag_k[rows_k], shared.order, config)
+    found = quantize_rows(w_kn[rows_k], l_rows, shared.u_cbb, shared.diag_k[rows_k], shared.order, config)
     solution = in_file_order(found, shared.order, group_rows(k, config.group_size), config)
     return solution._replace(
         loss_n=undamped_loss(found.loss_n, w_kn - solution.dequantize(), added_damping(shared.diag_k, shared.damping)),

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 
 from jgptq import sharding
 from jgptq.notation import Float, Int
-from jgptq.solver.cholesky import Factor, all_finite, diagonal, lower_factor, raised_until_finite
+from jgptq.solver.cholesky import Factor, all_finite, diagonal, raised_until_finite
 from jgptq.solver.slabs import PANEL, first_column, gathered, gathered_rows, on_all_devices, own_columns
-from jgptq.solver.triangular import product, transposed, transposed_solve
+from jgptq.solver.triangular import lower_factor, product, transposed, transposed_solve
 
 _MAX_TILE = 2048
 
@@ -20,6 +20,16 @@ def slab_diagonal(slab_kc: Float[jax.Array, "K C"]) -> Float[jax.Array, " K"]:
     width = slab_kc.shape[1]
     own_cc = jax.lax.dynamic_slice_in_dim(slab_kc, first_column(width), width)
     return jax.lax.all_gather(diagonal(own_cc), sharding.ALL, tiled=True)
+
+
+def slab_diagonal_blocks(slab_kc: Float[jax.Array, "K C"], k: int, block: int) -> Float[jax.Array, "C B B"]:
+    """`jgptq.solver.cholesky.diagonal_blocks` of the first K rows and columns of the whole matrix, on every device."""
+    width = slab_kc.shape[1]
+    rows_cb = jnp.arange(k).reshape(-1, block)
+    own_cb = rows_cb - first_column(width)
+    part_cbb = slab_kc[rows_cb[:, :, None], jnp.clip(own_cb, 0, width - 1)[:, None, :]]
+    is_own_cb = (own_cb >= 0) & (own_cb < width)
+    return jax.lax.psum(jnp.where(is_own_cb[:, None, :], part_cbb, 0.0), sharding.ALL)
 
 
 def damped_slabs(h_kc: Float[jax.Array, "K C"], rows_k: Int[jax.Array, " K"], damping: float) -> Factor:

@@ -9,14 +9,22 @@ import jax.numpy as jnp
 from jgptq.config import QuantizeConfig, group_rows
 from jgptq.errors import ConfigError
 from jgptq.notation import Bool, Float, Int
-from jgptq.solver.cholesky import Factor, added_damping, all_finite, damped_factor, diagonal
-from jgptq.solver.compensate import Compensated, Rows, compensate
+from jgptq.solver.cholesky import (
+    Factor,
+    added_damping,
+    all_finite,
+    damped_factor,
+    diagonal,
+    diagonal_blocks,
+)
+from jgptq.solver.compensate import Compensated, Rows, compensate, solver_block
 from jgptq.solver.grid import search_grid
 from jgptq.solver.order import RowOrder, inverse_permutation, row_order
 from jgptq.solver.outcome import Outcome
 from jgptq.solver.refine import SWEEPS, Refined, refine
 from jgptq.solver.solution import Solution, diagnose, output_loss, round_to_nearest, undamped_loss
 from jgptq.solver.target import gptaq_drift, in_sequence, qronos_start, shifted_target
+from jgptq.solver.triangular import inverse_transposed
 
 
 class Prepared(NamedTuple):
@@ -24,6 +32,7 @@ class Prepared(NamedTuple):
 
     h_kk: Float[jax.Array, "K K"]  # undamped
     l_kk: Float[jax.Array, "K K"] | None  # lower factor of the damped H; None for round-to-nearest
+    u_cbb: Float[jax.Array, "C B B"] | None  # L_BB^-T of each block of the loop; likewise
     drift_kk: Float[jax.Array, "K K"] | None  # 2/T X^T (X_f - X); None where the solve does not look at the float model
     order: RowOrder
     damping: Float[jax.Array, ""]  # fraction of the mean diagonal that was added
@@ -55,7 +64,7 @@ def prepare(h_kk: Float[jax.Array, "K K"], config: QuantizeConfig, drift_kk: Flo
     if config.method == "rtn":
         order = row_order("none", diag_k, rows)
         outcome = jnp.where(finite, Outcome.ROUNDED, Outcome.NONFINITE_HESSIAN)
-        return Prepared(h_kk, None, None, order, jnp.float32(0), outcome)
+        return Prepared(h_kk, None, None, None, order, jnp.float32(0), outcome)
     order = row_order(config.order, diag_k, rows)
     sequence_kk = in_sequence(h_kk, order)
     factor = damped_factor(sequence_kk, config.damping)
@@ -64,7 +73,8 @@ def prepare(h_kk: Float[jax.Array, "K K"], config: QuantizeConfig, drift_kk: Flo
     outcome = factor_outcome(factor, diag_k, config, finite=finite, symmetric=symmetric)
     if drift_kk is not None:
         drift_kk = in_sequence(drift_kk.astype(h_kk.dtype), order)
-    return Prepared(sequence_kk, factor.l_kk, drift_kk, order, factor.damping, outcome)
+    u_cbb = inverse_transposed(diagonal_blocks(factor.l_kk, solver_block(k, rows)))
+    return Prepared(sequence_kk, factor.l_kk, u_cbb, drift_kk, order, factor.damping, outcome)
 
 
 def factor_outcome(
@@ -205,6 +215,7 @@ def _compensated(w_kn: jax.Array, target_kn: jax.Array, prepared: Prepared, conf
     """Runs the loop of the method."""
     l_kk, h_kk, drift_kk = prepared.l_kk, prepared.h_kk, prepared.drift_kk
     assert l_kk is not None
+    assert prepared.u_cbb is not None
     start_kn, p_kk = target_kn, None
     if config.method == "gptaq" and drift_kk is not None:
         start_kn, p_kk = w_kn, gptaq_drift(l_kk, drift_kk, config.target_shift)
@@ -212,12 +223,13 @@ def _compensated(w_kn: jax.Array, target_kn: jax.Array, prepared: Prepared, conf
         start_kn = qronos_start(w_kn, target_kn, l_kk, h_kk, drift_kk, config.target_shift)
     p_rows = None if p_kk is None else functools.partial(jax.lax.dynamic_slice_in_dim, p_kk)
     l_rows = functools.partial(jax.lax.dynamic_slice_in_dim, l_kk)
-    return quantize_rows(start_kn, l_rows, diagonal(h_kk), prepared.order, config, p_rows)
+    return quantize_rows(start_kn, l_rows, prepared.u_cbb, diagonal(h_kk), prepared.order, config, p_rows)
 
 
 def quantize_rows(
     start_kn: Float[jax.Array, "K N"],
     l_rows: Rows,
+    u_cbb: Float[jax.Array, "C B B"],
     diag_k: Float[jax.Array, " K"],
     order: RowOrder,
     config: QuantizeConfig,
@@ -228,6 +240,7 @@ def quantize_rows(
     Args:
       start_kn: what the loop begins with, in the solver's sequence.
       l_rows: rows of the lower factor of the damped Hessian.
+      u_cbb: the inverses of its blocks along the diagonal, transposed.
       diag_k: the diagonal of H, in the same sequence.
       order: that sequence.
       config: bits, group size, order, grid.
@@ -241,7 +254,7 @@ def quantize_rows(
         grouped = start_kn[to_file_k].reshape(-1, rows, n), diag_k[to_file_k].reshape(-1, rows)
         grid = search_grid(*grouped, bits=config.bits, sym=config.sym, scale=config.grid_search)
         fixed = grid, order.rows_k // rows
-    return compensate(start_kn, l_rows, diag_k, rows=rows, config=config, fixed=fixed, drift_rows=drift_rows)
+    return compensate(start_kn, l_rows, u_cbb, diag_k, rows=rows, config=config, fixed=fixed, drift_rows=drift_rows)
 
 
 def _improved(found: Compensated, target_kn: jax.Array, prepared: Prepared, rows: int, config: QuantizeConfig) -> Refined:

@@ -1,7 +1,7 @@
-"""Systems with lower triangular matrices, and products of a matrix with itself, that leave out what is zero or known by symmetry.
+"""Triangular systems, and products in full precision, in the order of memory that is fast on a CPU.
 
-Each splits its triangle into halves, `L = [[L11, 0], [L21, L22]]`, down to small pieces: nearly all of the work is matmuls of
-large blocks, at their speed, and about half of that of whole matrices.
+LAPACK reads and writes columns first. What is given here in rows is, to LAPACK, the transpose: the functions say so, for
+otherwise XLA would copy whole matrices into the other order.
 """
 
 import jax
@@ -9,49 +9,37 @@ import jax.numpy as jnp
 
 from jgptq.notation import Float
 
-_SOLVED_DIRECTLY = 512
-_MULTIPLIED_WHOLE = 1024
-"""Rows of pieces that are not split: the smaller, the less is multiplied and the more is compiled and copied."""
+
+def lower_factor(h_kk: Float[jax.Array, "K K"], added_k: Float[jax.Array, " K"]) -> Float[jax.Array, "K K"]:
+    """Factors a positive definite matrix as `H + diag(added) = L^T L`, the Cholesky factorization from the last row to the first.
+
+    With P the reversal of rows, `P (H + diag(added)) P = C C^T` gives `L = P C^T P`.
+
+    Args:
+      h_kk: float `[K, K]`, symmetric; one triangle is read.
+      added_k: what is added to its diagonal.
+
+    Returns:
+      Lower triangular L; not finite where the sum is not positive definite.
+    """
+    damped_kk = jnp.where(jnp.eye(h_kk.shape[0], dtype=bool), h_kk + added_k[None, :], h_kk)
+    return jnp.linalg.cholesky(damped_kk[::-1, ::-1].T, symmetrize_input=False)[::-1, ::-1].T
 
 
 def solve(l_kk: Float[jax.Array, "K K"], b_kn: Float[jax.Array, "K N"]) -> Float[jax.Array, "K N"]:
-    """X with `L X = B`, for a lower triangular L."""
-    k = l_kk.shape[0]
-    if k <= _SOLVED_DIRECTLY:
-        return _solved_directly(l_kk, b_kn, transpose=False)
-    half = k // 2
-    first_kn = solve(l_kk[:half, :half], b_kn[:half])
-    second_kn = solve(l_kk[half:, half:], b_kn[half:] - product(l_kk[half:, :half], first_kn))
-    return jnp.concatenate([first_kn, second_kn])
+    """X with `L X = B`, for a lower triangular L: the solution of `X^T L^T = B^T`."""
+    return jax.lax.linalg.triangular_solve(l_kk.T, b_kn.T, left_side=False, lower=False).T
 
 
 def transposed_solve(l_kk: Float[jax.Array, "K K"], b_kn: Float[jax.Array, "K N"]) -> Float[jax.Array, "K N"]:
-    """X with `L^T X = B`, for a lower triangular L."""
-    k = l_kk.shape[0]
-    if k <= _SOLVED_DIRECTLY:
-        return _solved_directly(l_kk, b_kn, transpose=True)
-    half = k // 2
-    second_kn = transposed_solve(l_kk[half:, half:], b_kn[half:])
-    first_kn = transposed_solve(l_kk[:half, :half], b_kn[:half] - product(transposed(l_kk[half:, :half]), second_kn))
-    return jnp.concatenate([first_kn, second_kn])
+    """X with `L^T X = B`, for a lower triangular L: the solution of `X^T L = B^T`."""
+    return jax.lax.linalg.triangular_solve(l_kk.T, b_kn.T, left_side=False, lower=False, transpose_a=True).T
 
 
-def _solved_directly(l_kk: jax.Array, b_kn: jax.Array, *, transpose: bool) -> jax.Array:
-    """LAPACK reads and writes columns first: `X^T L^T = B^T`, of transposes that are so in memory, leaves all in place."""
-    x_nk = jax.lax.linalg.triangular_solve(l_kk.T, b_kn.T, left_side=False, lower=False, transpose_a=transpose)
-    return x_nk.T
-
-
-def minus_gram(c_kk: Float[jax.Array, "K K"], s_nk: Float[jax.Array, "N K"]) -> Float[jax.Array, "K K"]:
-    """`C - S^T S` on the diagonal and below it; what lies above the diagonal's pieces is that of C, and not to be read."""
-    k = c_kk.shape[0]
-    if k <= _MULTIPLIED_WHOLE:
-        return c_kk - product(transposed(s_nk), s_nk)
-    half = k // 2
-    below_kk = c_kk[half:, :half] - product(transposed(s_nk[:, half:]), s_nk[:, :half])
-    first_kk = jnp.concatenate([minus_gram(c_kk[:half, :half], s_nk[:, :half]), c_kk[:half, half:]], axis=1)
-    second_kk = jnp.concatenate([below_kk, minus_gram(c_kk[half:, half:], s_nk[:, half:])], axis=1)
-    return jnp.concatenate([first_kk, second_kk])
+def inverse_transposed(l_cbb: Float[jax.Array, "C B B"]) -> Float[jax.Array, "C B B"]:
+    """`L^-T` of small lower triangular matrices, all at once."""
+    eye = jnp.broadcast_to(jnp.eye(l_cbb.shape[-1], dtype=l_cbb.dtype), l_cbb.shape)
+    return jax.lax.linalg.triangular_solve(l_cbb, eye, left_side=True, lower=True, transpose_a=True)
 
 
 def product(a: jax.Array, b: jax.Array) -> jax.Array:
