@@ -36,6 +36,7 @@ from jgptq.config import QuantizeConfig
 from jgptq.sharding import by_columns, by_tokens, make_mesh, replicated
 from jgptq.solver import Solution, sharded, slabs, solve
 from jgptq.solver import hessian as dense
+from jgptq.solver.compensate import solver_block
 from jgptq.solver.order import row_order
 
 K, N, TOKENS = 53248, 16384, 8 * 4096
@@ -78,7 +79,10 @@ def compiled_for(mesh: Mesh) -> dict[str, Any]:
     w_kn = abstract((K, N), jnp.float32, by_columns(mesh))
     diag_k = jax.ShapeDtypeStruct((K,), jnp.float32)
     order = jax.eval_shape(lambda diag_k: row_order("none", diag_k, config.group_size), diag_k)
-    small = jax.tree.map(lambda s: abstract(s.shape, s.dtype, replicated(mesh)), (order, diag_k, jnp.float32(0), jnp.int32(0)))
+    block = solver_block(K, config.group_size)
+    u_cbb = jax.ShapeDtypeStruct((K // block, block, block), jnp.float32)
+    small = (u_cbb, order, diag_k, jnp.float32(0), jnp.int32(0))
+    small = jax.tree.map(lambda s: abstract(s.shape, s.dtype, replicated(mesh)), small)
     lowered = {
         "accumulate": lambda: slabs.accumulate.lower(total, h_tk),
         "factor": lambda: sharded.factored.lower(h, config),

@@ -113,9 +113,8 @@ def programs() -> dict[str, np.ndarray]:
         total = slabs.SlabSum(h, jnp.int32(0))
         h_tk = jax.ShapeDtypeStruct((64, k), jnp.bfloat16, sharding=by_tokens(mesh))
         w_kn = jax.ShapeDtypeStruct((k, 256), jnp.float32, sharding=by_columns(mesh))
-        prepared = sharded.ShardedPrepared(
-            h, h, row_order("none", jnp.ones(k), 128), jnp.ones(k), jnp.float32(0.01), jnp.int32(0)
-        )
+        order, u_cbb = row_order("none", jnp.ones(k), 128), jnp.ones((k // 128, 128, 128))
+        prepared = sharded.ShardedPrepared(h, h, u_cbb, order, jnp.ones(k), jnp.float32(0.01), jnp.int32(0))
         for name, lowered in {
             "accumulate": slabs.accumulate.lower(total, h_tk),
             "factor": sharded.factored.lower(h, config),

@@ -21,7 +21,7 @@ from jgptq.solver.cholesky import diagonal_blocks
 from jgptq.solver.grid import search_grid
 from jgptq.solver.order import inverse_permutation, row_order
 from jgptq.solver.target import shifted_target
-from jgptq.solver.triangular import inverse_transposed, lower_factor
+from jgptq.solver.triangular import inverse_product, inverse_transposed, lower_factor, upper_factor
 
 K, N, T, WIDTH = 192, 16, 400, 16
 DAMPING = 2.0**-6
@@ -230,7 +230,7 @@ def test_obs_pruning_is_the_constrained_least_squares_minimum(problem: Problem):
 def test_rows_of_the_inverse_factor_move_later_rows_as_obs_does(problem: Problem):
     h_kk = oracles.damped(problem.h_kk, DAMPING)
     with double():
-        u_kk = np.linalg.inv(np.asarray(lower_factor(jnp.asarray(h_kk), jnp.zeros(K)))).T
+        u_kk = np.linalg.inv(np.asarray(lower_factor(jnp.asarray(h_kk), jnp.zeros(())))).T
     w_kn, inverse_kk = problem.w_kn, np.linalg.inv(h_kk)
     expected_kn = w_kn
     for row in range(3):
@@ -264,9 +264,9 @@ def test_an_order_of_importance_is_about_as_good_as_obq_in_the_greedy_order_of_e
 @pytest.mark.parametrize(("a", "b"), [(1.0, 0.0), (0.0, 1.0), (0.5, 0.75)])
 def test_the_shifted_target_is_the_least_squares_solution(problem: Problem, a: float, b: float):
     with double():
-        l_kk = lower_factor(jnp.asarray(oracles.damped(problem.h_kk, DAMPING)), jnp.zeros(K))
+        r_kk = upper_factor(jnp.asarray(oracles.damped(problem.h_kk, DAMPING)), jnp.zeros(()))
         arrays = [jnp.asarray(part) for part in (problem.drift_kk, problem.residual_kn)]
-        found_kn = np.asarray(shifted_target(jnp.asarray(problem.w_kn), l_kk, *arrays, a, b))
+        found_kn = np.asarray(shifted_target(jnp.asarray(problem.w_kn), functools.partial(inverse_product, r_kk), *arrays, a, b))
     assert found_kn.shape == (K, N)
     assert np.linalg.norm(found_kn - problem.w_kn) > 1e-3 * np.linalg.norm(problem.w_kn)
     np.testing.assert_allclose(found_kn, target(problem, a, b, DAMPING), atol=1e-9)
@@ -279,12 +279,12 @@ def target(problem: Problem, a: float, b: float, damping: float) -> np.ndarray:
 
 
 def test_a_target_without_a_shift_is_the_kernel(problem: Problem):
-    l_kk = lower_factor(jnp.asarray(problem.h_kk, jnp.float32), jnp.ones(K))
+    inverse_times = functools.partial(inverse_product, upper_factor(jnp.asarray(problem.h_kk, jnp.float32), jnp.float32(1)))
     w_kn, drift_kk, residual_kn = (
         jnp.asarray(part, jnp.float32) for part in (problem.w_kn, problem.drift_kk, problem.residual_kn)
     )
-    np.testing.assert_array_equal(shifted_target(w_kn, l_kk, drift_kk, residual_kn, 0.0, 0.0), w_kn)
-    np.testing.assert_array_equal(shifted_target(w_kn, l_kk, None, None, 1.0, 1.0), w_kn)
+    np.testing.assert_array_equal(shifted_target(w_kn, inverse_times, drift_kk, residual_kn, 0.0, 0.0), w_kn)
+    np.testing.assert_array_equal(shifted_target(w_kn, inverse_times, None, None, 1.0, 1.0), w_kn)
 
 
 def test_a_solve_with_drift_and_residual_is_obq_on_the_shifted_target(problem: Problem):
@@ -343,7 +343,7 @@ def test_asymmetric_methods_ask_for_the_drift_that_they_lack(method: str):
 def test_the_solve_does_not_depend_on_the_size_of_its_blocks(problem: Problem, monkeypatch: pytest.MonkeyPatch):
     found = []
     with double():
-        l_kk = lower_factor(jnp.asarray(oracles.damped(problem.h_kk, DAMPING)), jnp.zeros(K))
+        l_kk = lower_factor(jnp.asarray(oracles.damped(problem.h_kk, DAMPING)), jnp.zeros(()))
         w_kn, diag_k = jnp.asarray(problem.w_kn), jnp.asarray(np.diag(problem.h_kk))
         l_rows = functools.partial(jax.lax.dynamic_slice_in_dim, l_kk)
         for most, block in ((32, 32), (128, 96)):

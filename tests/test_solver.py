@@ -133,9 +133,9 @@ def test_solver_block_divides_k_and_never_splits_a_group_unevenly(multiple: int,
 @pytest.mark.parametrize("k", [32, 257])
 def test_lower_factor_is_that_of_the_damped_hessian_from_its_last_row(k: int):
     inputs = np.random.default_rng(k).normal(size=(2 * k, k))
-    h_kk, added_k = inputs.T @ inputs / k, np.linspace(0.1, 1.0, k)
-    found = np.asarray(lower_factor(jnp.asarray(h_kk, jnp.float32), jnp.asarray(added_k, jnp.float32)))
-    h_kk += np.diag(added_k)
+    h_kk = inputs.T @ inputs / k
+    found = np.asarray(lower_factor(jnp.asarray(h_kk, jnp.float32), jnp.float32(0.5)))
+    h_kk += 0.5 * np.eye(k)
     np.testing.assert_array_equal(np.triu(found, 1), 0)
     np.testing.assert_allclose(found, np.linalg.cholesky(h_kk[::-1, ::-1])[::-1, ::-1].T, atol=2e-5)
 

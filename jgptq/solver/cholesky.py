@@ -1,7 +1,7 @@
-"""The lower factor L of the Hessian, `H = L^T L`: all that the solver needs, without the inverse of anything.
+"""The factor of the damped Hessian: all that the solver needs, without the inverse of anything.
 
-The published loop reads the upper factor U of the inverse, `H^-1 = U^T U`; that is `U = L^-T`, and what U does row by row, L does
-block by block with half of the factorization's work; see `jgptq.solver.compensate`.
+The published loop reads the upper factor U of the inverse, `H^-1 = U^T U`. With the lower factor L of H itself, `H = L^T L`, that
+is `U = L^-T`, and what U does row by row L does block by block, for a quarter of the work: see `jgptq.solver.compensate`.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jgptq.notation import Bool, Float
-from jgptq.solver.triangular import lower_factor
+from jgptq.solver.triangular import upper_factor
 
 DAMPING_STEP = 10.0
 MAX_DAMPING = 1.0
@@ -21,7 +21,7 @@ _LANES = 8
 class Factor(NamedTuple):
     """A factor of a damped Hessian, and the damping that it took."""
 
-    l_kk: Float[jax.Array, "K K"]  # lower triangular
+    kk: Float[jax.Array, "K K"]  # triangular
     damping: Float[jax.Array, ""]  # fraction of the mean diagonal that was added
     finite: Bool[jax.Array, ""]  # False where even the largest damping left a factor that is not finite
 
@@ -54,7 +54,7 @@ def added_damping(diag_k: Float[jax.Array, " K"], damping: Float[jax.Array, ""])
 
 
 def damped_factor(h_kk: Float[jax.Array, "K K"], damping: float) -> Factor:
-    """Factors `H + lambda mean(diag H) I = L^T L`, raising lambda until the factor is finite.
+    """Factors `H + lambda mean(diag H) I = R^T R`, R upper triangular, raising lambda until the factor is finite.
 
     Rows of K that no token touched are zeros in H: left with the damping alone, they neither give nor take any compensation, and
     the mean is that of the others. Lambda starts at `damping` and is multiplied by 10 up to at most 1; all inside jit.
@@ -66,18 +66,21 @@ def damped_factor(h_kk: Float[jax.Array, "K K"], damping: float) -> Factor:
     Returns:
       The factor, the lambda it needed, and whether it is finite.
     """
+
     diag_k = diagonal(h_kk)
 
-    def attempt(added: jax.Array, _: jax.Array) -> tuple[jax.Array, jax.Array]:
-        l_kk = lower_factor(h_kk, jnp.full_like(diag_k, added))
-        return l_kk, all_finite(l_kk)
+    def attempt(added: jax.Array, _: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+        r_kk = upper_factor(h_kk, added)
+        return r_kk, jnp.all(jnp.isfinite(diagonal(r_kk)))  # one root that does not exist leaves NaN everywhere
 
-    return raised_until_finite(attempt, jnp.zeros_like(h_kk), diag_k, damping)
+    first = jnp.float32(damping)
+    r_kk, finite = attempt(added_damping(diag_k, first))
+    return raised_until_finite(attempt, Factor(r_kk, first, finite), diag_k, damping)
 
 
 def raised_until_finite(
     attempt: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]],
-    start_kk: Float[jax.Array, "K K"],
+    start: Factor,
     diag_k: Float[jax.Array, " K"],
     damping: float,
 ) -> Factor:
@@ -86,7 +89,7 @@ def raised_until_finite(
     Args:
       attempt: takes what to add to the diagonal, and memory in the form of a factor that did not do; returns a factor and
         whether it is finite.
-      start_kk: the memory for the first attempt.
+      start: the first attempt; or memory for it, not finite and of damping 0.
       diag_k: the undamped diagonal.
       damping: the first lambda.
 
@@ -100,12 +103,7 @@ def raised_until_finite(
 
     def again(factor: Factor) -> Factor:
         fraction = next_damping(factor)
-        l_kk, finite = attempt(fraction.astype(diag_k.dtype) * unit, factor.l_kk)
-        return Factor(l_kk, fraction, finite)
+        kk, finite = attempt(fraction.astype(diag_k.dtype) * unit, factor.kk)
+        return Factor(kk, fraction, finite)
 
-    # One body serves the first attempt too: the factorization is most of what there is to compile.
-    return jax.lax.while_loop(
-        lambda factor: ~factor.finite & (next_damping(factor) <= MAX_DAMPING),
-        again,
-        Factor(start_kk, jnp.float32(0), jnp.bool_(False)),
-    )
+    return jax.lax.while_loop(lambda factor: ~factor.finite & (next_damping(factor) <= MAX_DAMPING), again, start)

@@ -14,7 +14,6 @@ from jgptq.solver.triangular import product, transposed
 from pallas_kernels import gptq_block
 
 _MAX_BLOCK = 128
-_MAX_CHUNK = 256
 _STEP = ROW_MULTIPLE
 
 
@@ -24,6 +23,7 @@ class Compensated(NamedTuple):
     codes_kn: UInt8[jax.Array, "K N"]
     grid: Grid  # [G, N]
     loss_n: Float[jax.Array, " N"]  # sum of e_k^2: without a drift, dW^T (H + lambda) dW against where the loop began
+    moved_n: Float[jax.Array, " N"]  # sum of dW^2, likewise
 
 
 Rows = Callable[[jax.Array, int], Float[jax.Array, "B K"]]
@@ -33,11 +33,12 @@ Rows = Callable[[jax.Array, int], Float[jax.Array, "B K"]]
 class _State(NamedTuple):
     """What the loop over blocks carries."""
 
-    moved_kn: jax.Array  # what each row lost, w - q; zeros for rows that are yet to come
+    w_kn: jax.Array  # rows that are yet to come; and of those that are done, what they lost, w - q
     turn_kn: jax.Array  # each row as it was when its turn came; [0, N] without a drift
     codes_kn: jax.Array  # uint8
     grid: Grid  # [G, N], filled as groups begin
     loss_n: jax.Array
+    moved_n: jax.Array
 
 
 class _Turn(NamedTuple):
@@ -103,28 +104,28 @@ def compensate(
     def turn(start: jax.Array, state: _State) -> _Turn:
         """What a block begins with."""
         l_bk = l_rows(start, block)
-        target_bn = jax.lax.dynamic_slice_in_dim(w_kn, start, block)
+        target_bn = jax.lax.dynamic_slice_in_dim(state.w_kn, start, block)
         drift_bb = None
         if drift_rows is not None:
             drift_bk = drift_rows(start, block)
             drift_bb = jax.lax.dynamic_slice_in_dim(drift_bk, start, block, axis=1)
             target_bn = target_bn + _product_so_far(drift_bk, state.turn_kn, start)
         u_bb = jax.lax.dynamic_index_in_dim(u_cbb, start // block, keepdims=False)
-        pulled_bn = product(transposed(u_bb), _product_so_far(l_bk, state.moved_kn, start))
+        pulled_bn = product(transposed(u_bb), _product_so_far(l_bk, state.w_kn, start))
         return _Turn(target_bn, target_bn + pulled_bn, u_bb, drift_bb)
 
     def begin_wide_group(start: jax.Array, state: _State) -> Grid:
         """Sets the grid of a group of several blocks, from its rows as they are before the first of them has codes."""
 
         def current(index: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            group_rn, moved_kn = carry
-            of_block = turn(start + index * block, state._replace(moved_kn=moved_kn))
+            group_rn, w_kn = carry
+            of_block = turn(start + index * block, state._replace(w_kn=w_kn))
             moved_bn = of_block.target_bn - of_block.w_bn  # as if it had no grid
-            moved_kn = jax.lax.dynamic_update_slice_in_dim(moved_kn, moved_bn, start + index * block, 0)
-            return jax.lax.dynamic_update_slice_in_dim(group_rn, of_block.w_bn, index * block, 0), moved_kn
+            w_kn = jax.lax.dynamic_update_slice_in_dim(w_kn, moved_bn, start + index * block, 0)
+            return jax.lax.dynamic_update_slice_in_dim(group_rn, of_block.w_bn, index * block, 0), w_kn
 
         group_rn = jnp.zeros((rows, n), w_kn.dtype)
-        group_rn, _ = jax.lax.fori_loop(0, rows // block, current, (group_rn, state.moved_kn))
+        group_rn, _ = jax.lax.fori_loop(0, rows // block, current, (group_rn, state.w_kn))
         return _begin_group(state.grid, group_rn, weight_k, start, config)
 
     def run_step(step: jax.Array, done: _Block, begun: _Turn, start: jax.Array) -> _Block:
@@ -181,21 +182,22 @@ def compensate(
         if begun.drift_bb is not None:
             target_bn = target_bn + product(begun.drift_bb, done.turn_bn)
             turn_kn = put(turn_kn, done.turn_bn)
-        return _State(
-            put(state.moved_kn, target_bn - done.points_bn), turn_kn, put(state.codes_kn, done.codes_bn), done.grid, done.loss_n
-        )
+        moved_bn = target_bn - done.points_bn
+        moved_n = state.moved_n + jnp.sum(jnp.square(moved_bn), axis=0)
+        return _State(put(state.w_kn, moved_bn), turn_kn, put(state.codes_kn, done.codes_bn), done.grid, done.loss_n, moved_n)
 
     empty = Grid(jnp.ones((k // rows, n), w_kn.dtype), jnp.zeros((k // rows, n), w_kn.dtype))
-    nothing_kn = jnp.zeros_like(w_kn)
+    nothing_n = jnp.zeros_like(w_kn[0])
     state = _State(
-        nothing_kn,
-        nothing_kn if drift_rows is not None else nothing_kn[:0],
+        w_kn,
+        jnp.zeros((0 if drift_rows is None else k, n), w_kn.dtype),
         jnp.zeros((k, n), jnp.uint8),
         empty if fixed is None else fixed[0],
-        jnp.zeros_like(w_kn[0]),
+        nothing_n,
+        nothing_n,
     )
     state = jax.lax.fori_loop(0, k // block, run_block, state)
-    return Compensated(state.codes_kn, state.grid, state.loss_n)
+    return Compensated(state.codes_kn, state.grid, state.loss_n, state.moved_n)
 
 
 def solver_block(k: int, rows: int) -> int:
@@ -205,15 +207,14 @@ def solver_block(k: int, rows: int) -> int:
 
 
 def _product_so_far(a_bk: jax.Array, b_kn: jax.Array, start: jax.Array) -> jax.Array:
-    """`A B`, where rows of B from `start` on are zeros: chunks of K that hold nothing else are left out."""
-    block, k = a_bk.shape
-    chunk = max(size for size in range(block, max(_MAX_CHUNK, block) + 1, block) if k % size == 0)
+    """`A B` over the first `start` of K, a multiple of the rows of A."""
+    block = a_bk.shape[0]
 
     def add(index: jax.Array, sum_bn: jax.Array) -> jax.Array:
-        a_bc = jax.lax.dynamic_slice_in_dim(a_bk, index * chunk, chunk, axis=1)
-        return sum_bn + product(a_bc, jax.lax.dynamic_slice_in_dim(b_kn, index * chunk, chunk))
+        a_bb = jax.lax.dynamic_slice_in_dim(a_bk, index * block, block, axis=1)
+        return sum_bn + product(a_bb, jax.lax.dynamic_slice_in_dim(b_kn, index * block, block))
 
-    return jax.lax.fori_loop(0, -(-start // chunk), add, jnp.zeros((block, b_kn.shape[1]), b_kn.dtype))
+    return jax.lax.fori_loop(0, start // block, add, jnp.zeros((block, b_kn.shape[1]), b_kn.dtype))
 
 
 def _begin_group(all_groups: Grid, w_rn: jax.Array, weight_k: jax.Array, row: jax.Array, config: QuantizeConfig) -> Grid:

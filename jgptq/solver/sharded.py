@@ -14,7 +14,7 @@ from jgptq.solver.cholesky import added_damping, all_finite
 from jgptq.solver.compensate import solver_block
 from jgptq.solver.order import RowOrder, row_order
 from jgptq.solver.outcome import Outcome
-from jgptq.solver.slab_cholesky import damped_slabs, slab_diagonal, slab_diagonal_blocks
+from jgptq.solver.slab_cholesky import damped_slabs, factor_blocks, slab_diagonal
 from jgptq.solver.slabs import Slabs, chunk_rows, gathered_rows, on_all_devices, on_slabs
 from jgptq.solver.solution import Solution, diagnose, round_to_nearest, summed, undamped_loss
 from jgptq.solver.solve import factor_outcome, in_file_order, quantize_rows
@@ -71,8 +71,8 @@ def factored(h: Slabs, config: QuantizeConfig) -> tuple[Slabs | None, _Shared]:
     """All of `prepare`; H itself would be copied on its way out of a program."""
 
     def local(h_kc: jax.Array) -> tuple[jax.Array | None, _Shared]:
-        finite = on_all_devices(all_finite(h_kc))
         diag_k = slab_diagonal(h_kc)[: h.k]
+        finite = on_all_devices(all_finite(h_kc) & jnp.all(jnp.isfinite(diag_k)))
         rows = group_rows(h.k, config.group_size)
         if config.method == "rtn":
             outcome = jnp.where(finite, Outcome.ROUNDED, Outcome.NONFINITE_HESSIAN)
@@ -82,8 +82,8 @@ def factored(h: Slabs, config: QuantizeConfig) -> tuple[Slabs | None, _Shared]:
         factor = damped_slabs(h_kc, rows_k, config.damping)
         # Slabs are summed as `h^T h`: there is nothing that could make them differ from their mirror image.
         outcome = factor_outcome(factor, diag_k, config, finite=finite, symmetric=jnp.bool_(True))
-        u_cbb = inverse_transposed(slab_diagonal_blocks(factor.l_kk, h.k, solver_block(h.k, rows)))
-        return factor.l_kk, _Shared(u_cbb, order, diag_k, factor.damping, outcome)
+        u_cbb = inverse_transposed(factor_blocks(factor, h.k, solver_block(h.k, rows)))
+        return factor.kk, _Shared(u_cbb, order, diag_k, factor.damping, outcome)
 
     l_pp, shared = on_slabs(local, h.mesh, sharding.COLUMNS, (sharding.COLUMNS, sharding.WHOLE))(h.values)
     return None if l_pp is None else Slabs(l_pp, h.k, h.mesh), shared
@@ -159,7 +159,7 @@ def _solve_own(
     found = quantize_rows(w_kn[rows_k], l_rows, shared.u_cbb, shared.diag_k[rows_k], shared.order, config)
     solution = in_file_order(found, shared.order, group_rows(k, config.group_size), config)
     return solution._replace(
-        loss_n=undamped_loss(found.loss_n, w_kn - solution.dequantize(), added_damping(shared.diag_k, shared.damping)),
+        loss_n=undamped_loss(found, added_damping(shared.diag_k, shared.damping)),
         rtn_loss_n=rtn_loss_n,
         damping=shared.damping,
         outcome=shared.outcome,

@@ -22,13 +22,16 @@ def slab_diagonal(slab_kc: Float[jax.Array, "K C"]) -> Float[jax.Array, " K"]:
     return jax.lax.all_gather(diagonal(own_cc), sharding.ALL, tiled=True)
 
 
-def slab_diagonal_blocks(slab_kc: Float[jax.Array, "K C"], k: int, block: int) -> Float[jax.Array, "C B B"]:
-    """`jgptq.solver.cholesky.diagonal_blocks` of the first K rows and columns of the whole matrix, on every device."""
-    width = slab_kc.shape[1]
+def factor_blocks(factor: Factor, k: int, block: int) -> Float[jax.Array, "C B B"]:
+    """`jgptq.solver.cholesky.diagonal_blocks` of the first K rows and columns of a factor in slabs, on every device; zeros if it
+    is not finite."""
+    slab_kc, width = factor.kk, factor.kk.shape[1]
     rows_cb = jnp.arange(k).reshape(-1, block)
     own_cb = rows_cb - first_column(width)
     part_cbb = slab_kc[rows_cb[:, :, None], jnp.clip(own_cb, 0, width - 1)[:, None, :]]
-    is_own_cb = (own_cb >= 0) & (own_cb < width)
+    # That the factor is finite was agreed on by all devices before: without such an order between them, devices that wait for
+    # each other in two sums at once may wait forever.
+    is_own_cb = factor.finite & (own_cb >= 0) & (own_cb < width)
     return jax.lax.psum(jnp.where(is_own_cb[:, None, :], part_cbb, 0.0), sharding.ALL)
 
 
@@ -48,7 +51,8 @@ def damped_slabs(h_kc: Float[jax.Array, "K C"], rows_k: Int[jax.Array, " K"], da
         l_kc = _factored(_permuted(h_kc, rows_k, added, memory_kc))
         return l_kc, on_all_devices(all_finite(l_kc))
 
-    return raised_until_finite(attempt, jnp.zeros_like(h_kc), slab_diagonal(h_kc), damping)
+    nothing = Factor(jnp.zeros_like(h_kc), jnp.float32(0), jnp.bool_(False))
+    return raised_until_finite(attempt, nothing, slab_diagonal(h_kc), damping)
 
 
 def _permuted(h_kc: jax.Array, rows_k: jax.Array, added: jax.Array, memory_kc: jax.Array) -> jax.Array:
@@ -82,7 +86,7 @@ def _factored(a_kc: jax.Array) -> jax.Array:
         start = (k // PANEL - 1 - step) * PANEL
         complement_bk = gathered_rows(a_kc, start, PANEL)
         corner_bb = jax.lax.dynamic_slice_in_dim(complement_bk, start, PANEL, axis=1)
-        l_bb = lower_factor(corner_bb, jnp.zeros(PANEL))
+        l_bb = lower_factor(corner_bb, jnp.float32(0))
         row_bk = jnp.where(jnp.arange(k)[None, :] < start, transposed_solve(l_bb, complement_bk), 0.0)
         row_bk = jax.lax.dynamic_update_slice_in_dim(row_bk, l_bb, start, 1)
         row_bc = own_columns(row_bk, width)

@@ -11,6 +11,7 @@ from jgptq.config import QuantizeConfig, group_rows
 from jgptq.errors import ConfigError
 from jgptq.notation import Float, Int, UInt8
 from jgptq.solver.cholesky import all_finite
+from jgptq.solver.compensate import Compensated
 from jgptq.solver.grid import nearest_codes, search_grid
 from jgptq.solver.outcome import Outcome
 from jgptq.solver.triangular import product
@@ -97,11 +98,9 @@ def summed(a_rn: Float[jax.Array, "R N"]) -> Float[jax.Array, " N"]:
     return product(jnp.ones((_LANES, a_rn.shape[0]), a_rn.dtype), a_rn)[0]
 
 
-def undamped_loss(
-    damped_n: Float[jax.Array, " N"], dw_kn: Float[jax.Array, "K N"], added: Float[jax.Array, ""]
-) -> Float[jax.Array, " N"]:
-    """`dW^T H dW` of each column, from `dW^T (H + added I) dW`, which the solver's loop sums up on its way."""
-    return jnp.maximum(damped_n - added * jnp.sum(jnp.square(dw_kn), axis=0), 0.0)
+def undamped_loss(found: Compensated, added: Float[jax.Array, ""]) -> Float[jax.Array, " N"]:
+    """`dW^T H dW` of each column, from `dW^T (H + added I) dW`, which the loop sums up on its way."""
+    return jnp.maximum(found.loss_n - added * found.moved_n, 0.0)
 
 
 def diagnose(solution: Solution, w_kn: jax.Array) -> Solution:

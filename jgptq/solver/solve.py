@@ -24,16 +24,16 @@ from jgptq.solver.outcome import Outcome
 from jgptq.solver.refine import SWEEPS, Refined, refine
 from jgptq.solver.solution import Solution, diagnose, output_loss, round_to_nearest, undamped_loss
 from jgptq.solver.target import gptaq_drift, in_sequence, qronos_start, shifted_target
-from jgptq.solver.triangular import inverse_transposed
+from jgptq.solver.triangular import backwards, inverse_product, inverse_transposed
 
 
 class Prepared(NamedTuple):
-    """What all columns on one Hessian share. Rows and columns of K stand in the solver's sequence."""
+    """What all columns on one Hessian share."""
 
-    h_kk: Float[jax.Array, "K K"]  # undamped
-    l_kk: Float[jax.Array, "K K"] | None  # lower factor of the damped H; None for round-to-nearest
-    u_cbb: Float[jax.Array, "C B B"] | None  # L_BB^-T of each block of the loop; likewise
-    drift_kk: Float[jax.Array, "K K"] | None  # 2/T X^T (X_f - X); None where the solve does not look at the float model
+    h_kk: Float[jax.Array, "K K"]  # undamped, in file order
+    r_kk: Float[jax.Array, "K K"] | None  # upper factor of the damped H, last row of the sequence first; None for rtn
+    u_cbb: Float[jax.Array, "C B B"] | None  # of each block of the loop, `jgptq.solver.compensate`; likewise
+    drift_kk: Float[jax.Array, "K K"] | None  # 2/T X^T (X_f - X), in file order; None if the float model is not looked at
     order: RowOrder
     damping: Float[jax.Array, ""]  # fraction of the mean diagonal that was added
     outcome: Int[jax.Array, ""]  # an `Outcome`
@@ -41,7 +41,7 @@ class Prepared(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames="config")
 def prepare(h_kk: Float[jax.Array, "K K"], config: QuantizeConfig, drift_kk: Float[jax.Array, "K K"] | None = None) -> Prepared:
-    """Orders the rows of K and factors the damped Hessian, `H + lambda = L^T L`, once for all columns.
+    """Orders the rows of K and factors the damped Hessian once for all columns.
 
     Args:
       h_kk: `[K, K]`, the Hessian of `jgptq.solver.hessian`.
@@ -59,22 +59,20 @@ def prepare(h_kk: Float[jax.Array, "K K"], config: QuantizeConfig, drift_kk: Flo
     h_kk = h_kk.astype(_dtype(config))
     rows = group_rows(k, config.group_size)
     diag_k = diagonal(h_kk)
-    finite = all_finite(h_kk)
-    symmetric = _is_symmetric(h_kk)
+    finite, symmetric = _examined(h_kk)
     if config.method == "rtn":
         order = row_order("none", diag_k, rows)
         outcome = jnp.where(finite, Outcome.ROUNDED, Outcome.NONFINITE_HESSIAN)
         return Prepared(h_kk, None, None, None, order, jnp.float32(0), outcome)
     order = row_order(config.order, diag_k, rows)
-    sequence_kk = in_sequence(h_kk, order)
-    factor = damped_factor(sequence_kk, config.damping)
+    factor = damped_factor(in_sequence(h_kk, order.rows_k[::-1]), config.damping)
     if drift_kk is not None:
+        drift_kk = drift_kk.astype(h_kk.dtype)
         finite = finite & all_finite(drift_kk)
     outcome = factor_outcome(factor, diag_k, config, finite=finite, symmetric=symmetric)
-    if drift_kk is not None:
-        drift_kk = in_sequence(drift_kk.astype(h_kk.dtype), order)
-    u_cbb = inverse_transposed(diagonal_blocks(factor.l_kk, solver_block(k, rows)))
-    return Prepared(sequence_kk, factor.l_kk, u_cbb, drift_kk, order, factor.damping, outcome)
+    r_cbb = diagonal_blocks(factor.kk, solver_block(k, rows))
+    u_cbb = inverse_transposed(r_cbb[::-1, ::-1, ::-1])
+    return Prepared(h_kk, factor.kk, u_cbb, drift_kk, order, factor.damping, outcome)
 
 
 def factor_outcome(
@@ -132,37 +130,37 @@ def judge_columns(
     solution, target_kn = _solved(w_kn, prepared, config, residual_kn)
     if config.method == "rtn":
         return solution._replace(rtn_loss_n=solution.loss_n)
-    rows_k = prepared.order.rows_k
-    rounded = round_to_nearest(w_kn.astype(target_kn.dtype), config, diagonal(prepared.h_kk)[inverse_permutation(rows_k)])
-    off_kn = target_kn - rounded.dequantize()[rows_k].astype(target_kn.dtype)
-    return solution._replace(rtn_loss_n=output_loss(off_kn, prepared.h_kk))
+    rounded = round_to_nearest(w_kn.astype(target_kn.dtype), config, diagonal(prepared.h_kk))
+    return solution._replace(rtn_loss_n=output_loss(_lost(target_kn, rounded), prepared.h_kk))
 
 
 def _solved(
     w_kn: jax.Array, prepared: Prepared, config: QuantizeConfig, residual_kn: jax.Array | None
 ) -> tuple[Solution, jax.Array]:
-    """The solution, and its target in the solver's sequence."""
+    """The solution and its target."""
     w_kn = w_kn.astype(prepared.h_kk.dtype)
-    rows_k = prepared.order.rows_k
     rows = group_rows(w_kn.shape[0], config.group_size)
-    sequence_kn, diag_k = w_kn[rows_k], diagonal(prepared.h_kk)
+    diag_k = diagonal(prepared.h_kk)
     if config.method == "rtn":
-        rounded = round_to_nearest(w_kn, config, diag_k[inverse_permutation(rows_k)])
-        loss_n = output_loss(sequence_kn - rounded.dequantize()[rows_k].astype(w_kn.dtype), prepared.h_kk)
+        rounded = round_to_nearest(w_kn, config, diag_k)
         outcome = jnp.where(prepared.outcome == Outcome.NONFINITE_HESSIAN, prepared.outcome, rounded.outcome)
-        return diagnose(rounded._replace(loss_n=loss_n, outcome=outcome), w_kn), sequence_kn
-    if prepared.l_kk is None:
+        rounded = rounded._replace(loss_n=output_loss(_lost(w_kn, rounded), prepared.h_kk), outcome=outcome)
+        return diagnose(rounded, w_kn), w_kn
+    if prepared.r_kk is None:
         raise ValueError("the Hessian was prepared for round-to-nearest; prepare it with the config of this solve")
-    target_kn = _target(sequence_kn, prepared, config, None if residual_kn is None else residual_kn[rows_k].astype(w_kn.dtype))
-    found = _compensated(sequence_kn, target_kn, prepared, config)
+    target_kn = _target(w_kn, prepared, config, None if residual_kn is None else residual_kn.astype(w_kn.dtype))
+    found = _compensated(w_kn, target_kn, prepared, config)
     solution = in_file_order(_improved(found, target_kn, prepared, rows, config), prepared.order, rows, config)
-    off_kn = target_kn - solution.dequantize()[rows_k].astype(target_kn.dtype)
     if config.method == "gptq" and not config.improves:
-        loss_n = undamped_loss(found.loss_n, off_kn, added_damping(diag_k, prepared.damping))
+        loss_n = undamped_loss(found, added_damping(diag_k, prepared.damping))
     else:
-        loss_n = output_loss(off_kn, prepared.h_kk)
+        loss_n = output_loss(_lost(target_kn, solution), prepared.h_kk)
     solution = solution._replace(loss_n=loss_n, damping=prepared.damping, outcome=prepared.outcome)
     return diagnose(solution, w_kn), target_kn
+
+
+def _lost(target_kn: jax.Array, solution: Solution) -> jax.Array:
+    return target_kn - solution.dequantize().astype(target_kn.dtype)
 
 
 def solve(
@@ -206,24 +204,34 @@ def _target(w_kn: jax.Array, prepared: Prepared, config: QuantizeConfig, residua
     if config.method in ("gptaq", "qronos") and prepared.drift_kk is None:
         raise ValueError(f"method {config.method!r} needs the drift of the inputs: give drift_kk to prepare")
     residual_kn = residual_kn if config.shifts_residual else None
-    if prepared.l_kk is None or (prepared.drift_kk is None and residual_kn is None):
+    r_kk, factored_k = prepared.r_kk, prepared.order.rows_k[::-1]
+    if r_kk is None or (prepared.drift_kk is None and residual_kn is None):
         return w_kn
-    return shifted_target(w_kn, prepared.l_kk, prepared.drift_kk, residual_kn, config.target_shift, config.residual_shift)
+
+    def inverse_times(b_kn: jax.Array) -> jax.Array:
+        return inverse_product(r_kk, b_kn[factored_k])[inverse_permutation(factored_k)]
+
+    return shifted_target(w_kn, inverse_times, prepared.drift_kk, residual_kn, config.target_shift, config.residual_shift)
 
 
 def _compensated(w_kn: jax.Array, target_kn: jax.Array, prepared: Prepared, config: QuantizeConfig) -> Compensated:
-    """Runs the loop of the method."""
-    l_kk, h_kk, drift_kk = prepared.l_kk, prepared.h_kk, prepared.drift_kk
-    assert l_kk is not None
-    assert prepared.u_cbb is not None
-    start_kn, p_kk = target_kn, None
+    """Runs the loop of the method, in the solver's sequence."""
+    r_kk, u_cbb, drift_kk, rows_k = prepared.r_kk, prepared.u_cbb, prepared.drift_kk, prepared.order.rows_k
+    assert r_kk is not None
+    assert u_cbb is not None
+    k = r_kk.shape[0]
+
+    def l_rows(start: jax.Array, size: int) -> jax.Array:
+        return backwards(jax.lax.dynamic_slice_in_dim(r_kk, k - size - start, size))
+
+    start_kn, drift_rows = target_kn[rows_k], None
     if config.method == "gptaq" and drift_kk is not None:
-        start_kn, p_kk = w_kn, gptaq_drift(l_kk, drift_kk, config.target_shift)
+        p_kk = gptaq_drift(backwards(r_kk), in_sequence(drift_kk, rows_k), config.target_shift)
+        start_kn, drift_rows = w_kn[rows_k], functools.partial(jax.lax.dynamic_slice_in_dim, p_kk)
     if config.method == "qronos" and drift_kk is not None:
-        start_kn = qronos_start(w_kn, target_kn, l_kk, h_kk, drift_kk, config.target_shift)
-    p_rows = None if p_kk is None else functools.partial(jax.lax.dynamic_slice_in_dim, p_kk)
-    l_rows = functools.partial(jax.lax.dynamic_slice_in_dim, l_kk)
-    return quantize_rows(start_kn, l_rows, prepared.u_cbb, diagonal(h_kk), prepared.order, config, p_rows)
+        h_kk, drift_kk = in_sequence(prepared.h_kk, rows_k), in_sequence(drift_kk, rows_k)
+        start_kn = qronos_start(w_kn[rows_k], start_kn, backwards(r_kk), h_kk, drift_kk, config.target_shift)
+    return quantize_rows(start_kn, l_rows, u_cbb, diagonal(prepared.h_kk)[rows_k], prepared.order, config, drift_rows)
 
 
 def quantize_rows(
@@ -265,15 +273,12 @@ def _improved(found: Compensated, target_kn: jax.Array, prepared: Prepared, rows
     rounds, sweeps = (config.refine, SWEEPS) if config.refine else (1, 0)
     # The target is that of the damped least squares: without the damping, directions that hardly any token spans would be
     # fitted to those few.
-    h_kk = prepared.h_kk + added_damping(diagonal(prepared.h_kk), prepared.damping) * jnp.eye(
-        target_kn.shape[0], dtype=target_kn.dtype
-    )
+    k, rows_k = target_kn.shape[0], prepared.order.rows_k
+    h_kk = prepared.h_kk + added_damping(diagonal(prepared.h_kk), prepared.damping) * jnp.eye(k, dtype=target_kn.dtype)
     improve = functools.partial(refine, rows=rows, rounds=rounds, sweeps=sweeps, bits=config.bits, sym=config.sym)
     if config.order != "static":
-        return improve(codes_kn, found.grid, target_kn, h_kk)
-    rows_k = prepared.order.rows_k
-    file_k = inverse_permutation(rows_k)
-    better = improve(codes_kn[file_k], found.grid, target_kn[file_k], h_kk[file_k[:, None], file_k[None, :]])
+        return improve(codes_kn, found.grid, target_kn[rows_k], in_sequence(h_kk, rows_k))
+    better = improve(codes_kn[inverse_permutation(rows_k)], found.grid, target_kn, h_kk)
     return better._replace(codes_kn=better.codes_kn[rows_k])
 
 
@@ -301,12 +306,15 @@ def _checked_size(h_kk: jax.Array, drift_kk: jax.Array | None) -> int:
     return h_kk.shape[0]
 
 
-def _is_symmetric(h_kk: jax.Array) -> jax.Array:
-    """Whether the products of H and of its transpose with one vector agree: a matrix that is not symmetric all but never does."""
+def _examined(h_kk: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Whether H is finite, and whether it is symmetric: its products with one vector and those of its transpose then agree, and
+    for a matrix that is not symmetric they all but never do."""
     k = h_kk.shape[0]
-    probe_k = jnp.cos(jnp.arange(k, dtype=h_kk.dtype) * 1.618)
+    # All positive, so that features of one sign do not cancel out and leave nothing but rounding.
+    probe_k = 1.5 + jnp.cos(jnp.arange(k, dtype=h_kk.dtype) * 1.618)
     left_k, right_k = h_kk @ probe_k, probe_k @ h_kk
-    return jnp.max(jnp.abs(left_k - right_k)) <= 1e-3 * jnp.max(jnp.abs(h_kk) @ jnp.abs(probe_k))
+    symmetric = jnp.max(jnp.abs(left_k - right_k)) <= 1e-3 * jnp.max(jnp.abs(left_k) + jnp.abs(right_k))
+    return jnp.all(jnp.isfinite(left_k)), symmetric
 
 
 def _dtype(config: QuantizeConfig) -> jnp.dtype:

@@ -1,17 +1,18 @@
 """What a linear should output, where what it reads is no longer what the float model's linear reads."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
-from jgptq.notation import Float
+from jgptq.notation import Float, Int
 from jgptq.solver import triangular
-from jgptq.solver.order import RowOrder
 from jgptq.solver.triangular import product
 
 
 def shifted_target(
     w_kn: Float[jax.Array, "K N"],
-    l_kk: Float[jax.Array, "K K"],
+    inverse_times: Callable[[jax.Array], jax.Array],
     drift_kk: Float[jax.Array, "K K"] | None,
     residual_kn: Float[jax.Array, "K N"] | None,
     target_shift: float,
@@ -27,7 +28,7 @@ def shifted_target(
 
     Args:
       w_kn: the kernel `[K, N]`.
-      l_kk: lower triangular, `H + lambda = L^T L`, rows as in `w_kn`.
+      inverse_times: `(H + lambda)^-1 B` for a B `[K, N]`.
       drift_kk: C; None counts as zeros.
       residual_kn: R; None counts as zeros.
       target_shift: a.
@@ -41,7 +42,7 @@ def shifted_target(
         pull_kn = pull_kn + target_shift * product(drift_kk, w_kn)
     if residual_kn is not None and residual_shift:
         pull_kn = pull_kn + residual_shift * residual_kn
-    return w_kn + triangular.solve(l_kk, triangular.transposed_solve(l_kk, pull_kn))
+    return w_kn + inverse_times(pull_kn)
 
 
 def gptaq_drift(l_kk: Float[jax.Array, "K K"], drift_kk: Float[jax.Array, "K K"], alpha: float) -> Float[jax.Array, "K K"]:
@@ -94,6 +95,6 @@ def qronos_start(
     return target_kn - u_k1 * ((target_kn[0] - first_n) / u_k1[0])[None]
 
 
-def in_sequence(a_kk: Float[jax.Array, "K K"], order: RowOrder) -> Float[jax.Array, "K K"]:
-    """Rows and columns of a matrix over K, put into the solver's sequence."""
-    return a_kk[order.rows_k[:, None], order.rows_k[None, :]]
+def in_sequence(a_kk: Float[jax.Array, "K K"], rows_k: Int[jax.Array, " K"]) -> Float[jax.Array, "K K"]:
+    """Rows and columns of a matrix over K, put into a sequence."""
+    return a_kk[rows_k[:, None], rows_k[None, :]]

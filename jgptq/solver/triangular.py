@@ -4,26 +4,42 @@ LAPACK reads and writes columns first. What is given here in rows is, to LAPACK,
 otherwise XLA would copy whole matrices into the other order.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from jgptq.notation import Float
 
 
-def lower_factor(h_kk: Float[jax.Array, "K K"], added_k: Float[jax.Array, " K"]) -> Float[jax.Array, "K K"]:
-    """Factors a positive definite matrix as `H + diag(added) = L^T L`, the Cholesky factorization from the last row to the first.
-
-    With P the reversal of rows, `P (H + diag(added)) P = C C^T` gives `L = P C^T P`.
+def upper_factor(h_kk: Float[jax.Array, "K K"], added: Float[jax.Array, ""]) -> Float[jax.Array, "K K"]:
+    """The Cholesky factor of a positive definite matrix, `H + added I = R^T R`.
 
     Args:
-      h_kk: float `[K, K]`, symmetric; one triangle is read.
-      added_k: what is added to its diagonal.
+      h_kk: float `[K, K]`, symmetric.
+      added: what is added to the diagonal.
 
     Returns:
-      Lower triangular L; not finite where the sum is not positive definite.
+      Upper triangular R; not finite where the sum is not positive definite.
     """
-    damped_kk = jnp.where(jnp.eye(h_kk.shape[0], dtype=bool), h_kk + added_k[None, :], h_kk)
-    return jnp.linalg.cholesky(damped_kk[::-1, ::-1].T, symmetrize_input=False)[::-1, ::-1].T
+    at_k = jnp.arange(h_kk.shape[0])
+    return jnp.linalg.cholesky(h_kk.at[at_k, at_k].add(added).T, symmetrize_input=False).T
+
+
+def lower_factor(h_kk: Float[jax.Array, "K K"], added: Float[jax.Array, ""]) -> Float[jax.Array, "K K"]:
+    """Lower triangular L with `H + added I = L^T L`: the matrix is factored from its last row to its first."""
+    return backwards(upper_factor(backwards(h_kk), added))
+
+
+def backwards(a_kk: Float[jax.Array, "K K"]) -> Float[jax.Array, "K K"]:
+    """Rows and columns from last to first."""
+    return a_kk[::-1, ::-1]
+
+
+def inverse_product(r_kk: Float[jax.Array, "K K"], b_kn: Float[jax.Array, "K N"]) -> Float[jax.Array, "K N"]:
+    """`(R^T R)^-1 B` for an upper triangular R: the solutions of `Y^T R = B^T` and `X^T R^T = Y^T`."""
+    solve_transposed = functools.partial(jax.lax.linalg.triangular_solve, r_kk.T, left_side=False, lower=True)
+    return solve_transposed(solve_transposed(b_kn.T, transpose_a=True)).T
 
 
 def solve(l_kk: Float[jax.Array, "K K"], b_kn: Float[jax.Array, "K N"]) -> Float[jax.Array, "K N"]:
@@ -37,9 +53,10 @@ def transposed_solve(l_kk: Float[jax.Array, "K K"], b_kn: Float[jax.Array, "K N"
 
 
 def inverse_transposed(l_cbb: Float[jax.Array, "C B B"]) -> Float[jax.Array, "C B B"]:
-    """`L^-T` of small lower triangular matrices, all at once."""
-    eye = jnp.broadcast_to(jnp.eye(l_cbb.shape[-1], dtype=l_cbb.dtype), l_cbb.shape)
-    return jax.lax.linalg.triangular_solve(l_cbb, eye, left_side=True, lower=True, transpose_a=True)
+    """`L^-T` of small lower triangular matrices."""
+    eye = jnp.eye(l_cbb.shape[-1], dtype=l_cbb.dtype)
+    # One by one: XLA's batched solve waits forever where as many devices as there are threads run it at once.
+    return jax.lax.map(lambda l_bb: transposed_solve(l_bb, eye), l_cbb)
 
 
 def product(a: jax.Array, b: jax.Array) -> jax.Array:
