@@ -1,6 +1,11 @@
 """Strict arithmetic for every test (no implicit promotion of dtypes or ranks), and what several rooms share."""
 
+import os
 from pathlib import Path
+
+# Tests compile many small programs and run each a few times: what LLVM would optimize takes longer than it saves. Set before
+# anything imports jax, and handed on to the processes that tests start.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 
 import hypothesis
 import jax

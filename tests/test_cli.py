@@ -182,12 +182,13 @@ def test_help_has_an_example(command: str):
     assert f"Example: jgptq {command}" in output
 
 
-def test_demo_shows_the_order_and_reads_its_export_back(tmp_path: Path):
-    from jgptq import tinycode
+def test_demo_shows_the_order_and_reads_its_export_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from jgptq import demo, tinycode
 
     if not Path(tinycode.FOLDER, "model.safetensors").exists():
         pytest.fail("the embedded model is missing: python -m jgptq.tinycode.train")
-    code, output = run("demo", "--samples", 128, "--out", tmp_path / "export")
+    monkeypatch.setattr(demo, "EVALUATION_TOKENS", 8192)
+    code, output = run("demo", "--samples", 32, "--out", tmp_path / "export")
     assert code == 0, output
     assert output.count("RTN") >= 3
     reloaded, kept = re.search(r"read back: perplexity ([\d.]+), in memory ([\d.]+)", output).groups()

@@ -24,9 +24,14 @@ def params() -> Decoder:
     return tiny.decoder(dtype=jnp.float32)
 
 
+forward = jax.jit(lambda params, tokens: params(tokens))
+
+
 def losses(params: Decoder, window: np.ndarray) -> np.ndarray:
-    """Negative log-likelihood of each token but the first of a window."""
-    logits = np.asarray(params(jnp.asarray(window[None])), np.float64)[0, :-1]
+    """Negative log-likelihood of each token but the first of up to 16; what fills up the window is not seen by those before."""
+    filled = np.zeros((1, 16), np.int32)
+    filled[0, : len(window)] = window
+    logits = np.asarray(forward(params, jnp.asarray(filled)), np.float64)[0, : len(window) - 1]
     logits -= logits.max(axis=-1, keepdims=True)
     log_probabilities = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
     return -log_probabilities[np.arange(len(window) - 1), window[1:]]
@@ -100,7 +105,7 @@ def test_a_trained_model_has_its_known_perplexity():
 
 @pytest.mark.skipif(not DATA.exists(), reason=f"needs {DATA}")
 @pytest.mark.filterwarnings("ignore:vLLM refuses")
-@pytest.mark.parametrize("bits", [4, 3, 2])
+@pytest.mark.parametrize("bits", [4, 2])
 def test_on_a_trained_model_gptq_lies_between_float_and_rtn(bits: int):
     params, held_out = load_hf(DATA), np.load(DATA / "eval_ids.npy")
     calib = jgptq.calibration_tokens(DATA / "calib_ids.npy", samples=128, seq_len=256)

@@ -92,7 +92,7 @@ def test_batch_size_does_not_matter_beyond_rounding():
     for left, right in zip(one.layers, all_at_once.layers, strict=True):
         for name, linear in linears(left).items():
             difference = linear.kernel.get_value().dequantize() - linears(right)[name].kernel.get_value().dequantize()
-            assert float(jnp.mean((jnp.abs(difference) > 1e-5).astype(jnp.float32))) < 0.02
+            assert float(jnp.mean((jnp.abs(difference) > 1e-5).astype(jnp.float32))) < 0.06
 
 
 def test_bfloat16_activations_cost_little():
