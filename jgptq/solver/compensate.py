@@ -97,9 +97,9 @@ def compensate(
     """
     k, n = w_kn.shape
     block = solver_block(k, rows)
+    empty = Grid(jnp.ones((k // rows, n), w_kn.dtype), jnp.zeros((k // rows, n), w_kn.dtype))
     if fixed is None and rows == k:
-        fixed = search_grid(w_kn, weight_k, bits=config.bits, sym=config.sym, scale=config.grid_search), jnp.zeros(k, jnp.int32)
-        fixed = jax.tree.map(lambda part_n: part_n[None], fixed[0]), fixed[1]
+        fixed = _begin_group(empty, w_kn, weight_k, jnp.int32(0), config), jnp.zeros(k, jnp.int32)
 
     def turn(start: jax.Array, state: _State) -> _Turn:
         """What a block begins with."""
@@ -186,7 +186,6 @@ def compensate(
         moved_n = state.moved_n + jnp.sum(jnp.square(moved_bn), axis=0)
         return _State(put(state.w_kn, moved_bn), turn_kn, put(state.codes_kn, done.codes_bn), done.grid, done.loss_n, moved_n)
 
-    empty = Grid(jnp.ones((k // rows, n), w_kn.dtype), jnp.zeros((k // rows, n), w_kn.dtype))
     nothing_n = jnp.zeros_like(w_kn[0])
     state = _State(
         w_kn,

@@ -10,6 +10,7 @@ from jgptq import sharding
 from jgptq.config import QuantizeConfig, group_rows
 from jgptq.errors import ConfigError
 from jgptq.notation import Float, Int
+from jgptq.solver.checks import factor_outcome
 from jgptq.solver.cholesky import added_damping, all_finite
 from jgptq.solver.compensate import solver_block
 from jgptq.solver.order import RowOrder, row_order
@@ -17,7 +18,7 @@ from jgptq.solver.outcome import Outcome
 from jgptq.solver.slab_cholesky import damped_slabs, factor_blocks, slab_diagonal
 from jgptq.solver.slabs import Slabs, chunk_rows, gathered_rows, on_all_devices, on_slabs
 from jgptq.solver.solution import Solution, diagnose, round_to_nearest, summed, undamped_loss
-from jgptq.solver.solve import factor_outcome, in_file_order, quantize_rows
+from jgptq.solver.solve import in_file_order, quantize_rows
 from jgptq.solver.triangular import inverse_transposed, product
 
 

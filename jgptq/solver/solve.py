@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from jgptq.config import QuantizeConfig, group_rows
-from jgptq.errors import ConfigError
-from jgptq.notation import Bool, Float, Int
+from jgptq.notation import Float, Int
+from jgptq.solver.checks import checked_size, examined, factor_outcome, solver_dtype
 from jgptq.solver.cholesky import (
-    Factor,
     added_damping,
     all_finite,
     damped_factor,
@@ -55,11 +54,11 @@ def prepare(h_kk: Float[jax.Array, "K K"], config: QuantizeConfig, drift_kk: Flo
       ValueError: a Hessian that is not square, or a drift of another shape.
       ConfigError: float64 is asked for where jax computes in float32 alone.
     """
-    k = _checked_size(h_kk, drift_kk)
-    h_kk = h_kk.astype(_dtype(config))
+    k = checked_size(h_kk, drift_kk)
+    h_kk = h_kk.astype(solver_dtype(config))
     rows = group_rows(k, config.group_size)
     diag_k = diagonal(h_kk)
-    finite, symmetric = _examined(h_kk)
+    finite, symmetric = examined(h_kk)
     if config.method == "rtn":
         order = row_order("none", diag_k, rows)
         outcome = jnp.where(finite, Outcome.ROUNDED, Outcome.NONFINITE_HESSIAN)
@@ -73,22 +72,6 @@ def prepare(h_kk: Float[jax.Array, "K K"], config: QuantizeConfig, drift_kk: Flo
     r_cbb = diagonal_blocks(factor.kk, solver_block(k, rows))
     u_cbb = inverse_transposed(r_cbb[::-1, ::-1, ::-1])
     return Prepared(h_kk, factor.kk, u_cbb, drift_kk, order, factor.damping, outcome)
-
-
-def factor_outcome(
-    factor: Factor,
-    diag_k: Float[jax.Array, " K"],
-    config: QuantizeConfig,
-    *,
-    finite: Bool[jax.Array, ""],
-    symmetric: Bool[jax.Array, ""],
-) -> Int[jax.Array, ""]:
-    """The `Outcome` of a factorization, given the Hessian's diagonal and whether all of it is finite and symmetric."""
-    outcome = jnp.where(factor.damping > config.damping, Outcome.RAISED_DAMPING, Outcome.SOLVED)
-    outcome = jnp.where(factor.finite, outcome, Outcome.NOT_FACTORED)
-    outcome = jnp.where(jnp.any(diag_k != 0), outcome, Outcome.ZERO_HESSIAN)
-    outcome = jnp.where(symmetric & jnp.all(diag_k >= 0), outcome, Outcome.NOT_A_HESSIAN)
-    return jnp.where(finite, outcome, Outcome.NONFINITE_HESSIAN)
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -295,31 +278,3 @@ def in_file_order(found: Refined | Compensated, order: RowOrder, rows: int, conf
         damping=jnp.float32(0),
         outcome=jnp.int32(Outcome.SOLVED),
     )
-
-
-def _checked_size(h_kk: jax.Array, drift_kk: jax.Array | None) -> int:
-    """K, once the shapes agree."""
-    if h_kk.ndim != 2 or h_kk.shape[0] != h_kk.shape[1]:
-        raise ValueError(f"a Hessian must be square, found {list(h_kk.shape)}")
-    if drift_kk is not None and drift_kk.shape != h_kk.shape:
-        raise ValueError(f"the drift {list(drift_kk.shape)} must have the shape of the Hessian {list(h_kk.shape)}")
-    return h_kk.shape[0]
-
-
-def _examined(h_kk: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Whether H is finite, and whether it is symmetric: its products with one vector and those of its transpose then agree, and
-    for a matrix that is not symmetric they all but never do."""
-    k = h_kk.shape[0]
-    # All positive, so that features of one sign do not cancel out and leave nothing but rounding.
-    probe_k = 1.5 + jnp.cos(jnp.arange(k, dtype=h_kk.dtype) * 1.618)
-    left_k, right_k = h_kk @ probe_k, probe_k @ h_kk
-    symmetric = jnp.max(jnp.abs(left_k - right_k)) <= 1e-3 * jnp.max(jnp.abs(left_k) + jnp.abs(right_k))
-    return jnp.all(jnp.isfinite(left_k)), symmetric
-
-
-def _dtype(config: QuantizeConfig) -> jnp.dtype:
-    if not config.float64:
-        return jnp.dtype(jnp.float32)
-    if not jax.config.read("jax_enable_x64"):
-        raise ConfigError("float64 needs jax's double precision: solve within `with jax.enable_x64(True)`")
-    return jnp.dtype(jnp.float64)
