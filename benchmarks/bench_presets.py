@@ -24,6 +24,8 @@ JOBS = {
     "fast, scale=minmax": ["--preset", "fast", "--set", "scale=minmax"],
     "method=rtn": ["--preset", "fast", "--set", "method=rtn"],
     "refine=1": ["--set", "refine=1"],
+    "method=gptaq": ["--set", "method=gptaq"],
+    "method=qronos": ["--set", "method=qronos"],
 }
 
 
