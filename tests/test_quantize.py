@@ -86,13 +86,14 @@ def test_gptq_keeps_the_logits_closer_than_rounding():
 
 
 def test_batch_size_does_not_matter_beyond_rounding():
-    params, calib = tiny.decoder(), tiny.tokens()
-    one, _ = jgptq.quantize(params, calib, batch_size=1, **SETTINGS)
-    all_at_once, _ = jgptq.quantize(params, calib, batch_size=24, **SETTINGS)
+    # Where targets are shifted, one code that falls the other way at a tie moves all targets after it a little.
+    params, calib, settings = tiny.decoder(), tiny.tokens(), SETTINGS | {"preset": "fast"}
+    one, _ = jgptq.quantize(params, calib, batch_size=1, **settings)
+    all_at_once, _ = jgptq.quantize(params, calib, batch_size=24, **settings)
     for left, right in zip(one.layers, all_at_once.layers, strict=True):
         for name, linear in linears(left).items():
             difference = linear.kernel.get_value().dequantize() - linears(right)[name].kernel.get_value().dequantize()
-            assert float(jnp.mean((jnp.abs(difference) > 1e-5).astype(jnp.float32))) < 0.06
+            assert float(jnp.mean((jnp.abs(difference) > 1e-5).astype(jnp.float32))) < 0.02
 
 
 def test_bfloat16_activations_cost_little():
