@@ -57,7 +57,7 @@ $(INTEROP)/ready:
 interop-venv: $(INTEROP)/ready .venv/tools
 
 interop: interop-venv
-	$(BIN)/pytest tests/interop
+	$(BIN)/pytest --numprocesses 2 tests/interop
 
 bench: interop-venv
 	$(BIN)/python benchmarks/bench_quantize.py
