@@ -105,7 +105,7 @@ def test_a_trained_model_has_its_known_perplexity():
 
 @pytest.mark.skipif(not DATA.exists(), reason=f"needs {DATA}")
 @pytest.mark.filterwarnings("ignore:vLLM refuses")
-@pytest.mark.parametrize("bits", [4, 2])
+@pytest.mark.parametrize("bits", [4, 3, 2])
 def test_on_a_trained_model_gptq_lies_between_float_and_rtn(bits: int):
     params, held_out = load_hf(DATA), np.load(DATA / "eval_ids.npy")
     calib = jgptq.calibration_tokens(DATA / "calib_ids.npy", samples=128, seq_len=256)

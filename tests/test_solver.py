@@ -130,7 +130,7 @@ def test_solver_block_divides_k_and_never_splits_a_group_unevenly(multiple: int,
     assert block % group_size == 0 or group_size % block == 0
 
 
-@pytest.mark.parametrize("k", [32, 257])
+@pytest.mark.parametrize("k", [256, 257, 600, 1100])
 def test_lower_factor_is_that_of_the_damped_hessian_from_its_last_row(k: int):
     inputs = np.random.default_rng(k).normal(size=(2 * k, k))
     h_kk = inputs.T @ inputs / k
