@@ -1,0 +1,184 @@
+"""The one door to products with packed codes: checks, the choice of a backend, and the gradient."""
+
+import functools
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import int4_decode, int4_prefill, reference
+from pallas_kernels.planes import Planes, RuntimeKernel, check_sizes, expanded
+from pallas_kernels.tuning import tiling_of
+
+Backend = Literal["auto", "triton", "jax", "interpret"]
+Layout = Literal["file"] | Planes
+OLDEST = 8.0
+"""Compute capability that the kernels need: bfloat16 in tensor cores and asynchronous copies."""
+
+
+class _Static(NamedTuple):
+    """What a product in the runtime layout is compiled for."""
+
+    layout: Planes
+    backend: Backend
+
+
+class _Operands(NamedTuple):
+    """The arrays of a kernel."""
+
+    qweight: jax.Array
+    scales: jax.Array
+    zeros: jax.Array | None
+    order: jax.Array | None
+
+
+def int4_matmul(
+    x: jax.Array,
+    qweight: jax.Array,
+    scales: jax.Array,
+    zeros: jax.Array | None = None,
+    *,
+    group_size: int,
+    order: jax.Array | None = None,
+    layout: Layout = "file",
+    bits: int = 4,
+    backend: Backend = "auto",
+) -> jax.Array:
+    """Multiplies with packed group-wise codes: `x @ W`, `W[k, n] = scale[g(k), n] * (code[k, n] - zero[g(k), n])`.
+
+    Sums are accumulated in float32. Differentiable in x, whose gradient is the product with W transposed; scales have a gradient in
+    the file layout alone, in the runtime layout it is zero. The GPU kernels multiply with codes as they are and scale sums;
+    elsewhere W is rounded to the dtype of `x` first.
+
+    Args:
+      x: bfloat16, float16 or float32 `[..., K]`.
+      qweight: int32; `[K*bits/32, N]` in the file layout, `RuntimeKernel.qweight` in the runtime layout.
+      scales: float; `[G, N]`, or `RuntimeKernel.scales`.
+      zeros: None for a symmetric grid; int32 `[G, N*bits/32]`, or `RuntimeKernel.zeros`.
+      group_size: rows of K in a group of the file, or -1 for all.
+      order: None for contiguous groups; the group of each row, int32 `[K]`; in the runtime layout `RuntimeKernel.order`.
+      layout: "file", or the `Planes` that the arrays are in (`pallas_kernels.planes.to_runtime`), which alone GPU kernels read.
+      bits: width of a code: 2, 3, 4 or 8; the runtime layout holds 4 and 8.
+      backend: "triton", the kernels on an NVIDIA GPU; "jax", plain JAX; "interpret", the kernels in Pallas' interpreter; "auto",
+        what `resolve` says.
+
+    Returns:
+      `[..., N]` in the dtype of `x`.
+
+    Raises:
+      ValueError: shapes that do not agree, a layout that contradicts them, a backend that cannot run them.
+    """
+    k = x.shape[-1]
+    group_size = k if group_size == -1 else group_size
+    backend = resolve(backend, layout)
+    operands = _Operands(qweight, scales, zeros, order)
+    _check(x, operands, group_size, layout, bits)
+    rows = x.reshape(-1, k)
+    if layout == "file":
+        found = reference.int4_matmul(rows, qweight, scales, zeros, group_size=group_size, order=order, bits=bits)
+    else:
+        found = _product(_Static(layout, backend), rows, operands)
+    return found.reshape(*x.shape[:-1], -1)
+
+
+def resolve(backend: Backend, layout: Layout) -> Backend:
+    """What "auto" stands for: Triton for the runtime layout on a GPU that is new enough, plain JAX for all else.
+
+    Raises:
+      ValueError: a backend that is unknown, or that cannot run on this device or layout.
+    """
+    known = ("auto", "triton", "jax", "interpret")
+    if backend not in known:
+        raise ValueError(f"backend must be one of {known}, found {backend!r}")
+    if backend == "auto":
+        return "triton" if layout != "file" and _missing() is None else "jax"
+    if backend in ("triton", "interpret") and layout == "file":
+        raise ValueError(f"backend {backend!r} reads the runtime layout; convert with pallas_kernels.planes.to_runtime")
+    if backend == "triton" and (missing := _missing()) is not None:
+        raise ValueError(f"backend 'triton' {missing}; backend='jax' runs everywhere")
+    return backend
+
+
+def _missing() -> str | None:
+    """Why this process' device cannot run the kernels, or None."""
+    device = jax.devices()[0]
+    if device.platform not in ("gpu", "cuda"):
+        return f"needs an NVIDIA GPU, found {device.platform}"
+    found = str(getattr(device, "compute_capability", "0"))
+    if not found.replace(".", "").isdigit():
+        return f"needs an NVIDIA GPU, found {device.device_kind}"
+    if float(found) < OLDEST:
+        return f"needs compute capability {OLDEST}, {device.device_kind} has {found}"
+    return None
+
+
+def _check(x: jax.Array, operands: _Operands, group_size: int, layout: Layout, bits: int) -> None:
+    """Raises a ValueError that names every pair of shapes that do not agree."""
+    qweight, scales, zeros, order = operands
+    k = x.shape[-1]
+    expected: dict[str, tuple[int, ...]]
+    if layout == "file":
+        if bits not in (2, 3, 4, 8):
+            raise ValueError(f"bits must be 2, 3, 4 or 8, found {bits}")
+        n = qweight.shape[-1]
+        check_sizes(k, n, group_size)
+        groups = k // group_size
+        expected = {"qweight": (k * bits // 32, n), "scales": (groups, n), "zeros": (groups, n * bits // 32), "order": (k,)}
+    else:
+        facts = {"K": (k, layout.k), "bits": (bits, layout.bits), "group_size": (group_size, layout.group_size)}
+        if wrong := [f"{name} is {found}, the layout's is {held}" for name, (found, held) in facts.items() if found != held]:
+            raise ValueError("; ".join(wrong))
+        of_rows = (-(-layout.padded_k // layout.rows), layout.padded_n)
+        words = (layout.tiles * layout.words, layout.padded_n)
+        expected = {"qweight": words, "scales": of_rows, "zeros": of_rows, "order": (k,)}
+    parts = {"qweight": qweight, "scales": scales, "zeros": zeros, "order": order}
+    wrong = [
+        f"{name} must be {list(expected[name])} for x {list(x.shape)}, found {list(part.shape)}"
+        for name, part in parts.items()
+        if part is not None and part.shape != expected[name]
+    ]
+    if x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        wrong.append(f"x must be bfloat16, float16 or float32, found {x.dtype}")
+    if wrong:
+        raise ValueError("; ".join(wrong))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(static: _Static, x: jax.Array, operands: _Operands) -> jax.Array:
+    """The product of rows `[M, K]`."""
+    kernel = _runtime(static.layout, operands)
+    x = x if kernel.order is None else x[:, kernel.order]
+    if static.backend == "jax":
+        return int4_prefill.product(x, kernel)
+    tiling = tiling_of(x.shape[0], kernel.layout, x.dtype)
+    if tiling is None:
+        return int4_prefill.product(x, kernel)
+    x = jnp.pad(x, ((0, 0), (0, kernel.layout.padded_k - kernel.layout.k)))
+    interpret = static.backend == "interpret"
+    found = int4_decode.product(x, kernel.qweight, kernel.scales, kernel.zeros, kernel.layout, tiling, interpret=interpret)
+    return found[:, : kernel.layout.n]
+
+
+def _runtime(layout: Planes, operands: _Operands) -> RuntimeKernel:
+    qweight, scales, zeros, order = operands
+    return RuntimeKernel(qweight=qweight, scales=scales, zeros=zeros, order=order, layout=layout)
+
+
+def _forward(static: _Static, x: jax.Array, operands: _Operands) -> tuple[jax.Array, _Operands]:
+    return _product(static, x, operands), operands
+
+
+def _backward(static: _Static, operands: _Operands, pull: jax.Array) -> tuple[jax.Array, None]:
+    """The gradient of x: the pull times W transposed."""
+    kernel = _runtime(static.layout, operands)
+    w_kn = expanded(kernel)
+    w_kn = w_kn if kernel.order is None else w_kn[jnp.argsort(kernel.order)]
+    precision = jax.lax.Precision.HIGHEST if pull.dtype == jnp.float32 else None
+    contract_columns = (((1,), (1,)), ((), ()))
+    found = jax.lax.dot_general(
+        pull, w_kn.astype(pull.dtype), contract_columns, precision=precision, preferred_element_type=jnp.float32
+    )
+    return found.astype(pull.dtype), None
+
+
+_product.defvjp(_forward, _backward)
