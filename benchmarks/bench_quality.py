@@ -45,7 +45,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "fast, scale mse": {"preset": "fast", "scale": "mse"},
     "fast, refit": {"preset": "fast", "refit": True},
     "fast, refine 3": {"preset": "fast", "refine": 3},
-    "fast, tune 24": {"preset": "fast", "tune": 24},
+    "fast, tune 0.75": {"preset": "fast", "tune": 0.75},
     "gptaq": {"method": "gptaq"},
     "gptaq, alpha 0.25": {"method": "gptaq", "target_shift": 0.25},
     "qronos": {"method": "qronos"},
@@ -53,7 +53,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "balanced, half shift": {"target_shift": 0.5, "residual_shift": 0.5},
     "balanced, refit": {"refit": True},
     "balanced, refine 3": {"refine": 3},
-    "balanced, tune 24": {"tune": 24},
+    "balanced, tune 0.75": {"tune": 0.75},
 }
 PEERS = {"gptaq off": None, "gptaq alpha 0.25": 0.25, "gptaq alpha 1": 1.0}
 LIMITS = {32: {4: 0.8, 3: 0.7, 2: 0.65}, 128: {4: 0.85, 3: 0.85, 2: 0.75}}

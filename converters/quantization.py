@@ -36,7 +36,7 @@ _UNKNOWN_ELSEWHERE: Mapping[str, Any] = MappingProxyType(
         "residual_shift": 0.0,
         "refine": 0,
         "refit": False,
-        "tune": 0,
+        "tune": 0.0,
         "float64": False,
     }
 )

@@ -69,7 +69,7 @@ def quantize(
     ] = None,
     refine: Annotated[int | None, typer.Option(help="Rounds of coordinate descent over codes and scales.")] = None,
     refit: Annotated[bool | None, typer.Option("--refit/--no-refit", help="Re-fit scales once for the codes found.")] = None,
-    tune: Annotated[int | None, typer.Option(help="Steps of gradient descent on scales and norms at the end.")] = None,
+    tune: Annotated[float | None, typer.Option(help="Passes of gradient descent on scales and norms at the end.")] = None,
     damping: Annotated[float | None, typer.Option(help="Added to the Hessian's diagonal, as a fraction of its mean.")] = None,
     float64: Annotated[bool | None, typer.Option("--float64/--float32", help="Precision of the solver.")] = None,
     samples: Annotated[int, typer.Option(help="Calibration samples.")] = 512,

@@ -82,7 +82,7 @@ class QuantizeConfig:
     residual_shift: float = 1.0  # the same for what is lost in the residual stream that it adds to; method "gptq" alone
     refine: int = 0  # rounds of coordinate descent over the codes, alternating with re-fitted scales
     refit: bool = False  # re-fit scales and zero points once for the codes found; every round of `refine` does so anyway
-    tune: int = 0  # steps of gradient descent on scales and norms against the float model's logits, after the last block
+    tune: float = 0.0  # passes over the tokens of gradient descent on scales and norms, against the float model's logits
     damping: float = 0.01  # added to the Hessian's diagonal, as a fraction of its mean
     float64: bool = False  # factor and solve in double precision
     allow_rtn_fallback: bool = False  # a linear that cannot be solved is rounded to nearest and reported, not an error

@@ -49,8 +49,8 @@ def cut_batches(params: Decoder, calib: Array | None, batch_size: int | None, co
     if calib is None:
         if config.needs_tokens:
             raise CalibrationError(
-                f"method {config.method!r} with scale {config.grid_search!r} and {config.tune} steps of tuning needs calibration "
-                "tokens; see jgptq.calibration_tokens"
+                f"method {config.method!r} with scale {config.grid_search!r} and {config.tune} passes of tuning needs "
+                "calibration tokens; see jgptq.calibration_tokens"
             )
         return []
     tokens = np.asarray(calib)

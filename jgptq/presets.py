@@ -15,7 +15,7 @@ PRESETS: Mapping[Preset, Mapping[str, Any]] = MappingProxyType(
     {
         "fast": MappingProxyType({"target_shift": 0.0, "residual_shift": 0.0}),
         "balanced": MappingProxyType({}),
-        "best": MappingProxyType({"refine": 3, "tune": 24}),
+        "best": MappingProxyType({"refine": 3, "tune": 0.75}),
     }
 )
 """What each preset sets beside the defaults. All give plain files that cost nothing more when served; they differ in time."""

@@ -33,7 +33,9 @@ LENGTHS = (1.0, 0.5, 0.25)
 """Fractions of the way that Adam went: the one with the least divergence on what was held out is taken."""
 HELD_OUT = 16
 STEP_TOKENS = 4096
-"""Tokens in a step, unless one batch is larger."""
+"""Tokens in a step at most, unless one batch is larger."""
+STEPS = 24
+"""Steps at least, unless there are fewer batches: then they are smaller."""
 
 Factors = dict[str, jax.Array]
 """Factors of scales `[G, N]` and of norms `[D]`, by their path; all begin as ones."""
@@ -50,7 +52,7 @@ class Lesson(NamedTuple):
     residual: Float[jax.Array, "b S D"]  # the float residual stream after the last block
 
 
-def tune(params: Decoder, original: Decoder, lessons: Sequence[Lesson], steps: int) -> tuple[Decoder, TuningReport]:
+def tune(params: Decoder, original: Decoder, lessons: Sequence[Lesson], passes: float) -> tuple[Decoder, TuningReport]:
     """Moves scales and norms towards the float model's predictions, with Adam (arXiv 1412.6980) on factors of them.
 
     Every sixteenth lesson is held out. Of the whole way, half and a quarter of it the point is taken whose divergence on those
@@ -61,7 +63,8 @@ def tune(params: Decoder, original: Decoder, lessons: Sequence[Lesson], steps: i
       params: the quantized decoder.
       original: the float decoder; its head is the teacher's.
       lessons: the calibration batches, all of one shape.
-      steps: updates, of about 4096 tokens each; the learning rate falls to zero along a cosine.
+      passes: over the lessons, so that the cost is in proportion to that of the calibration; in steps of up to 4096 tokens. The
+        learning rate falls to zero along a cosine.
 
     Returns:
       The decoder, whose codes and other leaves are those of `params`, and what happened.
@@ -71,16 +74,17 @@ def tune(params: Decoder, original: Decoder, lessons: Sequence[Lesson], steps: i
     blocks = [_factors_of(block) for block in model.layers]
     norm = jnp.ones_like(model.norm.scale.get_value(), jnp.float32)
     before = _divergence(model, teacher, blocks, norm, held_out)
-    optimizer = optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, steps), b2=0.99)
+    schedule = _schedule(lessons, max(1, round(passes * (len(lessons) + len(held_out)))))
+    optimizer = optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, len(schedule)), b2=0.99)
     trained = (blocks, norm)
     state = optimizer.init(trained)
-    for chosen in _schedule(lessons, steps):
+    for chosen in schedule:
         gradient = _gradient(model, teacher, *trained, chosen)
         trained, state = _update(trained, state, gradient, optimizer)
     ends = [_part_of_the_way(trained, length) for length in LENGTHS]
-    after, best = min((_divergence(model, teacher, *end, held_out), number) for number, end in enumerate(ends))
+    after, best = min((_divergence(model, teacher, end[0], end[1], held_out), number) for number, end in enumerate(ends))
     kept = bool(after < before)
-    report = TuningReport(steps=steps, before=before, after=after, kept=kept)
+    report = TuningReport(steps=len(schedule), before=before, after=after, kept=kept)
     return (_applied(params, *ends[best]) if kept else params), report
 
 
@@ -96,11 +100,11 @@ def _split(lessons: Sequence[Lesson]) -> tuple[list[Lesson], list[Lesson]]:
     return list(lessons[::HELD_OUT]), learnt or list(lessons)
 
 
-def _schedule(lessons: Sequence[Lesson], steps: int) -> list[list[Lesson]]:
-    """The lessons of each step: all of them in a shuffled order before any comes again."""
-    size = max(1, STEP_TOKENS // lessons[0].tokens.size)
+def _schedule(lessons: Sequence[Lesson], wanted: int) -> list[list[Lesson]]:
+    """The lessons of each step, about as many in all as are wanted: each in a shuffled order before any comes again."""
+    size = max(1, min(wanted // STEPS, STEP_TOKENS // lessons[0].tokens.size))
     random = np.random.default_rng(0)
-    needed = steps * size
+    needed = wanted // size * size
     order = np.concatenate([random.permutation(len(lessons)) for _ in range(-(-needed // len(lessons)))])[:needed]
     return [[lessons[index] for index in order[start : start + size]] for start in range(0, needed, size)]
 

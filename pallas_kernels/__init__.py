@@ -3,7 +3,7 @@
 `int4_matmul` multiplies with packed group-wise codes, `gptq_block` runs the inner loop of the solver.
 """
 
+from pallas_kernels.gptq_block import gptq_block
 from pallas_kernels.matmul import int4_matmul
-from pallas_kernels.reference import gptq_block
 
 __all__ = ["gptq_block", "int4_matmul"]

@@ -186,8 +186,8 @@ def codes(words: jax.Array, plane: int, bits: int, dtype: Any, interpret: bool) 
     """The codes of a plane less 2^(bits-1), in a float dtype, exact.
 
     A 16-bit float of the right exponent holds a 4-bit code in its lowest bits, so that none is converted: bfloat16
-    `0x4300 | n` is 128 + n, float16 `0x6400 | n` is 1024 + n. The assembly takes two words at once, whose halves it first puts side
-    by side; so two codes cost a shift, one logical operation and one subtraction. Bytes go through float32, by its exponent.
+    `0x4300 | n` is 128 + n, float16 `0x6400 | n` is 1024 + n. The assembly takes two words at once, whose halves it first puts
+    side by side; so two codes cost a shift, one logical operation and one subtraction. Bytes go through float32, by its exponent.
     """
     if interpret or dtype == jnp.float32:
         whole = (words >> (bits * plane)) & (2**bits - 1)

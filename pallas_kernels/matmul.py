@@ -7,13 +7,12 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import int4_decode, int4_prefill, reference
+from pallas_kernels.device import Backend, resolve
 from pallas_kernels.planes import Planes, RuntimeKernel, check_sizes, expanded
 from pallas_kernels.tuning import tiling_of
 
-Backend = Literal["auto", "triton", "jax", "interpret"]
 Layout = Literal["file"] | Planes
-OLDEST = 8.0
-"""Compute capability that the kernels need: bfloat16 in tensor cores and asynchronous copies."""
+UNFIT = "reads the runtime layout; convert with pallas_kernels.planes.to_runtime"
 
 
 class _Static(NamedTuple):
@@ -46,8 +45,8 @@ def int4_matmul(
 ) -> jax.Array:
     """Multiplies with packed group-wise codes: `x @ W`, `W[k, n] = scale[g(k), n] * (code[k, n] - zero[g(k), n])`.
 
-    Sums are accumulated in float32. Differentiable in x, whose gradient is the product with W transposed; scales have a gradient in
-    the file layout alone, in the runtime layout it is zero. The GPU kernels multiply with codes as they are and scale sums;
+    Sums are accumulated in float32. Differentiable in x, whose gradient is the product with W transposed; scales have a gradient
+    in the file layout alone, in the runtime layout it is zero. The GPU kernels multiply with codes as they are and scale sums;
     elsewhere W is rounded to the dtype of `x` first.
 
     Args:
@@ -60,7 +59,7 @@ def int4_matmul(
       layout: "file", or the `Planes` that the arrays are in (`pallas_kernels.planes.to_runtime`), which alone GPU kernels read.
       bits: width of a code: 2, 3, 4 or 8; the runtime layout holds 4 and 8.
       backend: "triton", the kernels on an NVIDIA GPU; "jax", plain JAX; "interpret", the kernels in Pallas' interpreter; "auto",
-        what `resolve` says.
+        what `pallas_kernels.device.resolve` says.
 
     Returns:
       `[..., N]` in the dtype of `x`.
@@ -70,7 +69,7 @@ def int4_matmul(
     """
     k = x.shape[-1]
     group_size = k if group_size == -1 else group_size
-    backend = resolve(backend, layout)
+    backend = resolve(backend, UNFIT if layout == "file" else None)
     operands = _Operands(qweight, scales, zeros, order)
     _check(x, operands, group_size, layout, bits)
     rows = x.reshape(-1, k)
@@ -79,37 +78,6 @@ def int4_matmul(
     else:
         found = _product(_Static(layout, backend), rows, operands)
     return found.reshape(*x.shape[:-1], -1)
-
-
-def resolve(backend: Backend, layout: Layout) -> Backend:
-    """What "auto" stands for: Triton for the runtime layout on a GPU that is new enough, plain JAX for all else.
-
-    Raises:
-      ValueError: a backend that is unknown, or that cannot run on this device or layout.
-    """
-    known = ("auto", "triton", "jax", "interpret")
-    if backend not in known:
-        raise ValueError(f"backend must be one of {known}, found {backend!r}")
-    if backend == "auto":
-        return "triton" if layout != "file" and _missing() is None else "jax"
-    if backend in ("triton", "interpret") and layout == "file":
-        raise ValueError(f"backend {backend!r} reads the runtime layout; convert with pallas_kernels.planes.to_runtime")
-    if backend == "triton" and (missing := _missing()) is not None:
-        raise ValueError(f"backend 'triton' {missing}; backend='jax' runs everywhere")
-    return backend
-
-
-def _missing() -> str | None:
-    """Why this process' device cannot run the kernels, or None."""
-    device = jax.devices()[0]
-    if device.platform not in ("gpu", "cuda"):
-        return f"needs an NVIDIA GPU, found {device.platform}"
-    found = str(getattr(device, "compute_capability", "0"))
-    if not found.replace(".", "").isdigit():
-        return f"needs an NVIDIA GPU, found {device.device_kind}"
-    if float(found) < OLDEST:
-        return f"needs compute capability {OLDEST}, {device.device_kind} has {found}"
-    return None
 
 
 def _check(x: jax.Array, operands: _Operands, group_size: int, layout: Layout, bits: int) -> None:

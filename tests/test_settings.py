@@ -22,7 +22,7 @@ configs = st.builds(
     residual_shift=st.floats(0, 1),
     refine=st.integers(0, 9),
     refit=st.booleans(),
-    tune=st.integers(0, 99),
+    tune=st.floats(0, 99, allow_subnormal=False),
     damping=st.floats(1e-6, 1),
     float64=st.booleans(),
 )

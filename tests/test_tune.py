@@ -19,6 +19,7 @@ TUNE = sys.modules["jgptq.tune"]  # a function of the same name may hide it
 pytestmark = pytest.mark.filterwarnings("ignore:vLLM refuses 3-bit")
 SMALL = {"intermediate_size": 64, "num_hidden_layers": 2, "layer_windows": (None, None)}
 STEPS = 16
+PASSES = 2 * STEPS / 12  # of twelve lessons, two in a step
 
 
 _through = jax.jit(lambda block, residual: block(residual))
@@ -61,16 +62,22 @@ def lessons(original: Decoder) -> list:
     return [TUNE.Lesson(tokens, stream(tokens)) for tokens in batches]
 
 
+def shorten(patch: pytest.MonkeyPatch) -> None:
+    """Steps of two lessons, sixteen of them at least."""
+    patch.setattr(TUNE, "STEP_TOKENS", 128)
+    patch.setattr(TUNE, "STEPS", STEPS)
+
+
 @pytest.fixture
 def short_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(TUNE, "STEP_TOKENS", 128)  # two lessons
+    shorten(monkeypatch)
 
 
 @pytest.fixture(scope="module")
 def tuned(original: Decoder, rounded: Decoder, lessons: list):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TUNE, "STEP_TOKENS", 128)
-        return TUNE.tune(rounded, original, lessons, STEPS)
+        shorten(patch)
+        return TUNE.tune(rounded, original, lessons, PASSES)
 
 
 def divergence(model: Decoder, original: Decoder, tokens: np.ndarray) -> float:
@@ -117,7 +124,7 @@ def test_tuning_moves_scales_and_norms_and_nothing_else(rounded, tuned):
 
 def test_tuning_leaves_the_model_that_it_was_given_as_it_was_and_repeats_itself(original, rounded, lessons, tuned, short_steps):
     before = [np.array(leaf) for leaf in jax.tree.leaves(rounded)]
-    again, report = TUNE.tune(rounded, original, lessons, STEPS)
+    again, report = TUNE.tune(rounded, original, lessons, PASSES)
     assert report == tuned[1]
     tiny.assert_same(again, tuned[0])
     for old, leaf in zip(before, jax.tree.leaves(rounded), strict=True):
@@ -126,7 +133,7 @@ def test_tuning_leaves_the_model_that_it_was_given_as_it_was_and_repeats_itself(
 
 def test_a_tuning_that_does_not_help_changes_nothing(original, rounded, lessons, short_steps, monkeypatch):
     monkeypatch.setattr(TUNE, "LEARNING_RATE", 3.0)
-    model, report = TUNE.tune(rounded, original, lessons, 2)
+    model, report = TUNE.tune(rounded, original, lessons, 1 / 6)
     assert not report.kept
     assert not report.after < report.before
     tiny.assert_same(model, rounded)
@@ -166,8 +173,11 @@ def test_every_sixteenth_lesson_is_held_out_and_the_others_come_in_turn():
     held_out, learnt = TUNE._split(lessons)
     assert [int(lesson.tokens[0, 0]) for lesson in held_out] == [0, 16, 32]
     assert len(learnt) == 30
-    schedule = TUNE._schedule(learnt, 1)
-    assert [len(chosen) for chosen in schedule] == [TUNE.STEP_TOKENS // 8]
+    at_most = TUNE.STEP_TOKENS // 8
+    schedule = TUNE._schedule(learnt, 2 * TUNE.STEPS * at_most)
+    assert [len(chosen) for chosen in schedule] == [at_most] * 2 * TUNE.STEPS
+    assert [len(chosen) for chosen in TUNE._schedule(learnt, 2 * TUNE.STEPS + 1)] == [2] * TUNE.STEPS
+    assert [len(chosen) for chosen in TUNE._schedule(learnt, 5)] == [1] * 5
     seen = [int(lesson.tokens[0, 0]) for lesson in schedule[0]]
     assert sorted(seen[:30]) == sorted(int(lesson.tokens[0, 0]) for lesson in learnt)
     assert seen[:30] != seen[30:60]

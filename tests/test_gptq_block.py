@@ -1,0 +1,77 @@
+"""The solver's inner loop as a kernel, in Pallas' interpreter, against plain JAX and against a float64 oracle."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import gptq_block
+
+
+def problem(rows: int, n: int, *, shared: bool, drifts: bool, exact: bool, seed: int = 0) -> tuple:
+    """A block; where `exact` is asked for, of such few bits that no sum is rounded, whatever its order."""
+    random = np.random.default_rng(seed)
+    if exact:
+        # Halves and few terms: codes fall on ties again and again.
+        u_rr = np.eye(rows) + np.triu(random.integers(-1, 2, (rows, rows)) * (random.random((rows, rows)) < 0.05), 1)
+        w_rn = random.integers(-24, 25, (rows, n)) / 2
+        scale_rn = np.ones((1 if shared else rows, n))
+    else:
+        factor = np.linalg.cholesky(np.cov(random.standard_normal((rows, 4 * rows))) + 0.1 * np.eye(rows))
+        u_rr, w_rn = factor.T, random.standard_normal((rows, n))
+        scale_rn = random.uniform(0.1, 0.3, (1 if shared else rows, n))
+    zero_rn = random.integers(0, 16, scale_rn.shape)
+    drift_rr = np.triu(u_rr, 1) * 0.5 if drifts else None
+    return tuple(None if part is None else jnp.asarray(part, jnp.float32) for part in (w_rn, u_rr, scale_rn, zero_rn, drift_rr))
+
+
+@pytest.mark.parametrize(("rows", "n", "shared", "drifts"), [(32, 40, True, False), (64, 16, False, True), (128, 16, True, True)])
+def test_codes_are_bit_identical_where_sums_are_exact(rows, n, shared, drifts):
+    # A drift grows what it adds to, so that its sums are exact for a few rows only.
+    block = problem(rows, n, shared=shared, drifts=False, exact=True)
+    found, expected = (gptq_block(*block, bits=4, backend=backend) for backend in ("interpret", "jax"))
+    np.testing.assert_array_equal(found.codes_rn, expected.codes_rn)
+    np.testing.assert_array_equal(found.error_rn, expected.error_rn)
+    scaled = np.asarray(block[0])
+    assert np.any(scaled * 2 % 2 == 1), "no weight begins on a tie"
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize(
+    ("rows", "n", "shared", "drifts"), [(32, 40, True, False), (64, 16, False, True), (128, 16, True, False)]
+)
+def test_the_kernel_takes_the_steps_of_plain_jax(rows, n, shared, drifts, bits):
+    block = problem(rows, n, shared=shared, drifts=drifts, exact=False)
+    found, expected = (gptq_block(*block, bits=bits, backend=backend) for backend in ("interpret", "jax"))
+    assert found.turn_rn.shape == expected.turn_rn.shape == ((rows, n) if drifts else (0, n))
+    # A column goes its own way from the first code that falls on a tie; such columns must be rare.
+    same = np.all(np.asarray(found.codes_rn) == np.asarray(expected.codes_rn), axis=0)
+    assert np.mean(same) > 0.9
+    np.testing.assert_allclose(found.error_rn[:, same], expected.error_rn[:, same], atol=2e-4)
+    np.testing.assert_allclose(found.turn_rn[:, same], expected.turn_rn[:, same], atol=2e-4)
+
+
+def test_the_kernel_follows_the_published_loop():
+    w, u, scale, zero, drift = (
+        None if part is None else np.asarray(part, np.float64)
+        for part in problem(32, 16, shared=False, drifts=True, exact=False, seed=3)
+    )
+    block = problem(32, 16, shared=False, drifts=True, exact=False, seed=3)
+    found = gptq_block(*block, bits=4, backend="interpret")
+    rows = w.copy()
+    for k in range(32):
+        code = np.clip(np.round(rows[k] / scale[k]) + zero[k], 0, 15)
+        error = (rows[k] - scale[k] * (code - zero[k])) / u[k, k]
+        np.testing.assert_array_equal(found.codes_rn[k], code)
+        np.testing.assert_allclose(found.error_rn[k], error, atol=1e-4)
+        turn = rows[k].copy()
+        rows[k + 1 :] += drift[k, k + 1 :, None] * turn - u[k, k + 1 :, None] * error
+
+
+def test_shapes_that_do_not_agree_are_named():
+    w, u, scale, zero, _ = problem(32, 16, shared=True, drifts=False, exact=False)
+    with pytest.raises(ValueError, match=r"u must be \[32, 32\] for w \[32, 16\], found \[31, 32\]"):
+        gptq_block(w, u[1:], scale, zero, bits=4)
+    with pytest.raises(ValueError, match=r"scale must be \[32, 16\] or \[1, 16\] for w \[32, 16\], found \[1, 8\]"):
+        gptq_block(w, u, scale[:, :8], zero, bits=4)
+    with pytest.raises(ValueError, match=r"takes float32 and .* rows, found float32 and 96"):
+        gptq_block(*problem(96, 16, shared=True, drifts=False, exact=False)[:4], bits=4, backend="interpret")
