@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INTEROP := .venv-interop
 
-.PHONY: demo test lint check wheel interop interop-venv bench clean
+.PHONY: demo test lint check wheel gpu-compile interop interop-venv bench clean
 
 .venv/runtime: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -47,6 +47,17 @@ print('wheel:', len(converters.load_hf(jgptq.tinycode.FOLDER).layers), 'blocks i
 endef
 export WHEEL_CHECK
 
+# The GPU compiler alone, without CUDA's libraries, in a folder of its own: elsewhere jax would look for a GPU.
+.aot/ready: .venv/tools
+	version=$$($(BIN)/python -c 'import jaxlib; print(jaxlib.__version__)') \
+	  && $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .aot \
+	    jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version
+	touch $@
+
+# Every kernel compiled for an H200 that need not be there, against the recorded registers, spills and instructions.
+gpu-compile: .aot/ready
+	PYTHONPATH=.aot $(BIN)/python benchmarks/gpu/compile_kernels.py
+
 # Peers bring a torch and a transformers of their own.
 $(INTEROP)/ready:
 	$(PYTHON) -m venv $(INTEROP)
@@ -64,4 +75,4 @@ bench: interop-venv
 	$(BIN)/python benchmarks/bench_memory.py
 
 clean:
-	rm -rf .venv $(INTEROP) dist
+	rm -rf .venv .aot $(INTEROP) dist

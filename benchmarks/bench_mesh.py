@@ -28,8 +28,8 @@ if __name__ == "__main__":
 
 import jax
 import jax.numpy as jnp
+from aot import topology
 from common import circumstances, write_result
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 
 from jgptq.config import QuantizeConfig
@@ -43,20 +43,6 @@ K, N, TOKENS = 53248, 16384, 8 * 4096
 LIMIT_GB = 6.0
 MESHES = ((8, 1), (4, 2), (2, 4))
 CODES_K, CODES_N, CODES_T = 1024, 512, 4096
-# What the compiler must know of the device; from its data sheets.
-H200 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
-  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
-  block_dim_limit_z: 65535 memory_bandwidth: 4800000000000 l2_cache_size: 62914560 clock_rate_ghz: 1.98
-  device_memory_size: 150000000000 shared_memory_per_block_optin: 232448 cuda_compute_capability { major: 9 minor: 0 }
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 8 }
-runtime_version { major: 13 }
-device_description_str: "NVIDIA H200"
-"""
 
 
 def abstract(shape: tuple[int, ...], dtype: Any, where: NamedSharding) -> Any:
@@ -113,7 +99,7 @@ def compiled_for(mesh: Mesh) -> dict[str, Any]:
 
 def memory() -> dict[str, Any]:
     """All meshes of eight H200s, without one."""
-    devices = topologies.get_topology_desc(platform="cuda", topology_name="h200", topology="1x8x1", target_config=H200).devices
+    devices = topology(8).devices
     return {
         f"data={data} model={model}": compiled_for(make_mesh(data=data, model=model, devices=devices)) for data, model in MESHES
     }

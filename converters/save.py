@@ -19,7 +19,7 @@ from converters.shards import JOURNAL, ShardWriter, TensorSpec, partial_folder, 
 from jgptq.config import QuantizeConfig
 from jgptq.errors import ConfigError, OutputError
 from jgptq.models import Decoder, config_to_hf
-from jgptq.packed import PackedTensor
+from jgptq.packed import PackedTensor, RuntimeTensor
 from jgptq.plan import full_name
 from jgptq.rules import resolve
 
@@ -64,6 +64,8 @@ def save_hf(
     if (partial_folder(out) / JOURNAL).exists() and not overwrite:
         message = f"{partial_folder(out)} holds an unfinished run; finish it, delete it, or pass overwrite=True"
         raise OutputError(errno.EEXIST, message)
+    if any(isinstance(getattr(module, attribute).get_value(), RuntimeTensor) for _, module, attribute in leaves(params)):
+        raise ConfigError("the decoder is in the runtime layout, which files do not hold; save what `for_serving` was given")
     if format != "float" and params.quantization is None:
         raise ConfigError("the decoder holds no packed kernels; quantize it first, or write it with format='float'")
     if params.quantization is not None:

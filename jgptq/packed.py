@@ -10,6 +10,8 @@ from jgptq.errors import CheckpointError
 from jgptq.notation import Array, Float, Int
 from pallas_kernels import int4_matmul
 from pallas_kernels.layout import pack_codes, unpack_codes
+from pallas_kernels.planes import BITS as RUNTIME_BITS
+from pallas_kernels.planes import RuntimeKernel, expanded, to_runtime
 from pallas_kernels.reference import dequantize
 
 
@@ -51,7 +53,43 @@ class PackedTensor:
         rows = group_rows(self.shape[0], self.group_size)
         zeros, order = _optional(self.zeros), _optional(self.order)
         qweight, scales = jnp.asarray(self.qweight), jnp.asarray(self.scales)
-        return int4_matmul(x, qweight, scales, zeros, bits=self.bits, group_size=rows, order=order)
+        return int4_matmul(x, qweight, scales, zeros, bits=self.bits, group_size=rows, order=order, layout="file")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RuntimeTensor:
+    """A packed kernel as the GPU kernels read it (`pallas_kernels.planes`): made once from a `PackedTensor`, and never saved."""
+
+    kernel: RuntimeKernel
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(K, N)."""
+        return self.kernel.layout.k, self.kernel.layout.n
+
+    def dequantize(self) -> Float[jax.Array, "K N"]:
+        """The float32 `[K, N]` kernel, rows as in the file."""
+        w_kn = expanded(self.kernel)
+        return w_kn if self.kernel.order is None else w_kn[jnp.argsort(self.kernel.order)]
+
+    def matmul(self, x: Float[jax.Array, "*batch K"]) -> Float[jax.Array, "*batch N"]:
+        """`x @ dequantize()` in the dtype of `x`: by the kernels on a GPU, in plain JAX elsewhere."""
+        kernel, layout = self.kernel, self.kernel.layout
+        arrays = (kernel.qweight, kernel.scales, kernel.zeros)
+        return int4_matmul(x, *arrays, group_size=layout.group_size, order=kernel.order, layout=layout, bits=layout.bits)
+
+
+def at_runtime(packed: PackedTensor) -> PackedTensor | RuntimeTensor:
+    """The kernel in the runtime layout; as it is where that does not hold its width, or groups of unequal sizes."""
+    if packed.bits not in RUNTIME_BITS:
+        return packed
+    rows = group_rows(packed.shape[0], packed.group_size)
+    order = _optional(packed.order)
+    if order is not None and not bool(jnp.all(jnp.bincount(order, length=packed.shape[0] // rows) == rows)):
+        return packed
+    arrays = (jnp.asarray(packed.qweight), jnp.asarray(packed.scales), _optional(packed.zeros), order)
+    return RuntimeTensor(kernel=to_runtime(*arrays, group_size=rows, bits=packed.bits))
 
 
 def _optional(array: Array | None) -> jax.Array | None:

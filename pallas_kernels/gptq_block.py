@@ -45,7 +45,7 @@ def gptq_block(
       zero_rn: float32 of the same shape, integers.
       drift_rr: float32 `[R, R]`, strictly upper; None for plain GPTQ.
       bits: width of a code.
-      backend: "triton", "jax", "interpret", or "auto": the kernel on a GPU for float32 and R of 32, 64 or 128, plain JAX elsewhere.
+      backend: "triton", "jax", "interpret", or "auto": the kernel on a GPU, for float32 and R of 32, 64 or 128; else plain JAX.
 
     Returns:
       The codes, and the errors and rows that the caller spreads over the rows after this block.

@@ -4,6 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jgptq.config import QuantizeConfig
+from jgptq.solver import compensate, prepare, solve_columns
 from pallas_kernels import gptq_block
 
 
@@ -75,3 +77,35 @@ def test_shapes_that_do_not_agree_are_named():
         gptq_block(w, u, scale[:, :8], zero, bits=4)
     with pytest.raises(ValueError, match=r"takes float32 and .* rows, found float32 and 96"):
         gptq_block(*problem(96, 16, shared=True, drifts=False, exact=False)[:4], bits=4, backend="interpret")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"group_size": 64},
+        {"group_size": 256, "sym": False},
+        {"group_size": 32, "method": "gptaq"},
+        {"group_size": 128, "order": "static"},
+    ],
+)
+def test_the_solver_finds_its_codes_with_the_kernel(settings, monkeypatch):
+    random = np.random.default_rng(0)
+    h_tk = random.standard_normal((1024, 256)) * random.lognormal(size=256)
+    h_kk, w_kn = (jnp.asarray(a, jnp.float32) for a in (h_tk.T @ h_tk / 512, random.standard_normal((256, 16)) * 0.1))
+    config = QuantizeConfig(**settings)
+    drift_kk = 0.01 * h_kk if config.method == "gptaq" else None
+    expected = solve_columns(w_kn, prepare(h_kk, config, drift_kk), config)
+    launches = []
+
+    def interpreted(*operands, bits):
+        launches.append(operands[0].shape[0])
+        return gptq_block(*operands, bits=bits, backend="interpret")
+
+    monkeypatch.setattr(compensate, "resolve", lambda backend: "triton")
+    monkeypatch.setattr(compensate, "gptq_block", interpreted)
+    found = solve_columns(w_kn, prepare(h_kk, config, drift_kk), config)
+    assert launches == [min(128, config.group_size)]
+    same = np.all(np.asarray(found.codes_kn) == np.asarray(expected.codes_kn), axis=0)
+    assert np.mean(same) >= 0.8
+    np.testing.assert_allclose(found.loss_n, expected.loss_n, rtol=0.1)
+    np.testing.assert_allclose(found.loss_n[same], expected.loss_n[same], rtol=1e-3)

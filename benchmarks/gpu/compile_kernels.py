@@ -10,6 +10,7 @@ fast they are.
 """
 
 import argparse
+import json
 import os
 import re
 import sys
@@ -24,6 +25,7 @@ DUMP = tempfile.mkdtemp()
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={DUMP} --xla_dump_emitter_re=.*"
 
 import aot  # noqa: E402
+import aot_kernels  # noqa: E402
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 from common import RESULTS, circumstances, write_result  # noqa: E402
@@ -113,10 +115,12 @@ def measured(case: Case, target: Any) -> dict[str, Any]:
     for old in Path(DUMP).iterdir():
         old.unlink()
     executable = aot.compiled(function, operands, target)
-    own = {name: facts for name, facts in aot.kernels(executable).items() if name.startswith(("int4", "int8", "gptq_block"))}
+    own = {
+        name: facts for name, facts in aot_kernels.kernels(executable).items() if name.startswith(("int4", "int8", "gptq_block"))
+    }
     if len(own) != 1:
         raise SystemExit(
-            f"{case[0]}: expected one kernel of ours in the program, found {list(own) or list(aot.kernels(executable))}"
+            f"{case[0]}: expected one kernel of ours in the program, found {list(own) or list(aot_kernels.kernels(executable))}"
         )
     ptx = next(text for path in Path(DUMP).rglob("*.ptx") if f".entry {next(iter(own))}" in (text := path.read_text()))
     counts = {name: len(re.findall(rf"\b{name}\.", ptx)) for name in ("wgmma.mma_async", "mma.sync", "cp.async.c[ag]")}
@@ -160,7 +164,8 @@ def main() -> None:
     for name, facts in found.items():
         print(f"{name:60}", *(f"{key} {value}" for key, value in facts.items()))
     wrong = [sentence for name, facts in found.items() for sentence in problems(name, facts)]
-    old = aot.read_json(RESULTS / f"{NAME}.json")
+    path = RESULTS / f"{NAME}.json"
+    old = json.loads(path.read_text()) if path.exists() else {}
     if not args.record and old.get("versions", {}).get("jax") == jax.__version__:
         wrong += [
             f"{name}: recorded {old['kernels'].get(name)}, now {found.get(name)}"

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jgptq.notation import Float, Int
-from jgptq.packed import PackedTensor
+from jgptq.packed import PackedTensor, RuntimeTensor
 
 
 class Linear(nnx.Module):
-    """`y = h @ kernel + bias`, where the kernel is a float `[K, N]` array or a `PackedTensor` of that shape.
+    """`y = h @ kernel + bias`, where the kernel is a float `[K, N]` array, or packed.
 
     Args:
       k: in-features.
@@ -25,7 +25,7 @@ class Linear(nnx.Module):
     def __call__(self, h: Float[jax.Array, "*batch K"]) -> Float[jax.Array, "*batch N"]:
         """`h @ kernel + bias`, in the dtype of `h`."""
         kernel = self.kernel.get_value()
-        if isinstance(kernel, PackedTensor):
+        if isinstance(kernel, PackedTensor | RuntimeTensor):
             y = kernel.matmul(h)
         else:
             y = jnp.matmul(h, jnp.asarray(kernel, h.dtype), preferred_element_type=jnp.float32).astype(h.dtype)

@@ -12,9 +12,10 @@ from jgptq.notation import Float, Int, UInt8
 from jgptq.solver.grid import Grid, search_grid
 from jgptq.solver.triangular import product, transposed
 from pallas_kernels import gptq_block
+from pallas_kernels.device import resolve
+from pallas_kernels.gptq_block import ROWS
 
 _MAX_BLOCK = 128
-_STEP = ROW_MULTIPLE
 
 
 class Compensated(NamedTuple):
@@ -79,7 +80,7 @@ def compensate(
     lost so far. From there on the block is a problem of its own, with `U_BB = L_BB^-T` the same as the block of the published
     loop's factor `H^-1 = U^T U`. So one triangular factorization serves; the published loop takes three times the work to U.
 
-    Inside a block of up to 128 rows errors spread after every 32, so that what the inner steps touch stays in a cache.
+    Inside a block of up to 128 rows errors spread after every few (`solver_step`).
 
     Args:
       w_kn: `[K, N]`, in the solver's sequence.
@@ -97,6 +98,7 @@ def compensate(
     """
     k, n = w_kn.shape
     block = solver_block(k, rows)
+    size = solver_step(block, rows if fixed is None else block)
     empty = Grid(jnp.ones((k // rows, n), w_kn.dtype), jnp.zeros((k // rows, n), w_kn.dtype))
     if fixed is None and rows == k:
         fixed = _begin_group(empty, w_kn, weight_k, jnp.int32(0), config), jnp.zeros(k, jnp.int32)
@@ -129,7 +131,7 @@ def compensate(
         return _begin_group(state.grid, group_rn, weight_k, start, config)
 
     def run_step(step: jax.Array, done: _Block, begun: _Turn, start: jax.Array) -> _Block:
-        at = step * _STEP
+        at = step * size
         row = start + at
         grid = done.grid
         if fixed is None and rows <= block:
@@ -141,15 +143,15 @@ def compensate(
         if fixed is None:
             of_step = jax.tree.map(lambda part_gn: jax.lax.dynamic_slice_in_dim(part_gn, row // rows, 1), grid)
         else:
-            groups_r = jax.lax.dynamic_slice_in_dim(fixed[1], row, _STEP)
+            groups_r = jax.lax.dynamic_slice_in_dim(fixed[1], row, size)
             of_step = jax.tree.map(lambda part_gn: part_gn[groups_r], grid)
         factors = [begun.u_bb] if begun.drift_bb is None else [begun.u_bb, begun.drift_bb.T]
-        corners = [jax.lax.dynamic_slice(factor_bb, (at, at), (_STEP, _STEP)) for factor_bb in factors]
-        w_rn = jax.lax.dynamic_slice_in_dim(done.w_bn, at, _STEP)
+        corners = [jax.lax.dynamic_slice(factor_bb, (at, at), (size, size)) for factor_bb in factors]
+        w_rn = jax.lax.dynamic_slice_in_dim(done.w_bn, at, size)
         found = gptq_block(w_rn, corners[0], *of_step, *corners[1:], bits=config.bits)
         # Rows up to this step are done, and those of U would move them on.
-        later_b = (jnp.arange(block) >= at + _STEP)[None, :]
-        of_block = [jnp.where(later_b, jax.lax.dynamic_slice_in_dim(factor_bb, at, _STEP), 0.0) for factor_bb in factors]
+        later_b = (jnp.arange(block) >= at + size)[None, :]
+        of_block = [jnp.where(later_b, jax.lax.dynamic_slice_in_dim(factor_bb, at, size), 0.0) for factor_bb in factors]
         w_bn = done.w_bn - product(transposed(of_block[0]), found.error_rn)
         put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=at, axis=0)
         turn_bn = done.turn_bn
@@ -175,7 +177,7 @@ def compensate(
         nothing_bn = jnp.zeros_like(begun.w_bn)
         turn_bn = nothing_bn if drift_rows is not None else nothing_bn[:0]
         done = _Block(begun.w_bn, nothing_bn, turn_bn, nothing_bn.astype(jnp.uint8), grid, state.loss_n)
-        done = jax.lax.fori_loop(0, block // _STEP, functools.partial(run_step, begun=begun, start=start), done)
+        done = jax.lax.fori_loop(0, block // size, functools.partial(run_step, begun=begun, start=start), done)
         target_bn = begun.target_bn
         put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=0)
         turn_kn = state.turn_kn
@@ -201,8 +203,16 @@ def compensate(
 
 def solver_block(k: int, rows: int) -> int:
     """Rows in one lazy block: the largest multiple of 32 up to 128 that divides K and holds whole groups, or lies within one."""
-    fits = [b for b in range(_STEP, _MAX_BLOCK + 1, _STEP) if k % b == 0 and (b % rows == 0 or rows % b == 0)]
+    fits = [b for b in range(ROW_MULTIPLE, _MAX_BLOCK + 1, ROW_MULTIPLE) if k % b == 0 and (b % rows == 0 or rows % b == 0)]
     return max(fits)
+
+
+def solver_step(block: int, rows: int) -> int:
+    """Rows after which errors spread inside of a block: 32 in plain JAX, so that what the inner steps touch stays in a cache; as
+    many as one launch takes for a kernel. They lie in one group, or have grids that were set beforehand."""
+    if resolve("auto") == "jax":
+        return ROW_MULTIPLE
+    return max(size for size in ROWS if block % size == 0 and (rows % size == 0 or rows > block))
 
 
 def _product_so_far(a_bk: jax.Array, b_kn: jax.Array, start: jax.Array) -> jax.Array:
