@@ -47,11 +47,11 @@ print('wheel:', len(converters.load_hf(jgptq.tinycode.FOLDER).layers), 'blocks i
 endef
 export WHEEL_CHECK
 
-# The GPU compiler alone, without CUDA's libraries, in a folder of its own: elsewhere jax would look for a GPU.
+# The GPU compiler and an assembler alone, without CUDA's libraries, in a folder of their own: elsewhere jax would look for a GPU.
 .aot/ready: .venv/tools
 	version=$$($(BIN)/python -c 'import jaxlib; print(jaxlib.__version__)') \
 	  && $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .aot \
-	    jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version
+	    jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version nvidia-cuda-nvcc==13.0.88 nvidia-cuda-nvdisasm==13.5.37
 	touch $@
 
 # Every kernel compiled for an H200 that need not be there, against the recorded registers, spills and instructions.

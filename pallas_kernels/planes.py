@@ -151,7 +151,7 @@ def to_runtime(
         offset_gn = unpack_codes(zeros.T, bits).T - 2 ** (bits - 1)
         zeros_rn = _per_rows(offset_gn.astype(jnp.int8), layout)
     return RuntimeKernel(
-        qweight=_to_planes(codes_kn, layout), scales=_per_rows(scales, layout), zeros=zeros_rn, order=rows_k, layout=layout
+        qweight=to_planes(codes_kn, layout), scales=_per_rows(scales, layout), zeros=zeros_rn, order=rows_k, layout=layout
     )
 
 
@@ -217,7 +217,8 @@ def fuse(kernels: Sequence[RuntimeKernel]) -> RuntimeKernel:
     )
 
 
-def _to_planes(codes_kn: jax.Array, layout: Planes) -> jax.Array:
+def to_planes(codes_kn: jax.Array, layout: Planes) -> jax.Array:
+    """Codes `[K, N]`, rows in the runtime's order, as words."""
     filled = _filled(codes_kn.astype(jnp.uint32), layout.padded_k, layout.padded_n)
     tiles = filled.reshape(layout.tiles, layout.planes, layout.words, layout.padded_n)
     words = jnp.zeros((layout.tiles, layout.words, layout.padded_n), jnp.uint32)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.int4_decode import Tiling
-from pallas_kernels.planes import Planes
+from pallas_kernels.planes import TILE, Planes
 
 BUCKETS = (1, 2, 4, 16, 32, 64, 128, 256)
 """Numbers of rows of x that are cut up alike, each for all above the one before it. Above the last, kernels are expanded."""
@@ -57,7 +57,8 @@ def rule(m: int, layout: Planes, dtype: Any) -> Tiling:
         raise ValueError(f"no kernel takes {m} rows at once; at most {BUCKETS[-1]}")
     swapped = bucket >= 32 and dtype != jnp.float32
     rows = min(max(16, bucket), 64 if dtype == jnp.float32 else 128)
-    columns = 128 if swapped and layout.padded_n % 128 == 0 and rows <= 64 else 64
+    wide = swapped and layout.padded_n % 128 == 0 and (rows <= 64 if layout.rows >= TILE else rows <= 32)
+    columns = 128 if wide else 64  # accumulators of both the group and the sum have to stay in registers
     programs = layout.padded_n // columns * -(-m // rows)
     fits = [parts for parts in (1, 2, 4, 8, 16) if layout.tiles % parts == 0 and layout.tiles // parts >= min(4, layout.tiles)]
     parts = next((parts for parts in fits if programs * parts >= 2 * MULTIPROCESSORS), fits[-1])

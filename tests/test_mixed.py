@@ -24,6 +24,8 @@ from jgptq.rules import rules_from_dynamic, stored_rules
 from jgptq.solver import solve
 from jgptq.solver.hessian import accumulate, empty, hessian
 
+pytestmark = pytest.mark.filterwarnings("ignore:vLLM refuses", "ignore:transformers reads no rules")
+
 KINDS = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))
 FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj", "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}
 DOWN = "model.layers.0.mlp.down_proj"

@@ -17,15 +17,14 @@ _logits = jax.jit(lambda model, tokens: model(tokens))
 @pytest.mark.parametrize(
     "settings",
     [
-        {"bits": 4, "sym": False, "group_size": 32},
-        {"bits": 8, "group_size": -1},
-        {"bits": 4, "order": "desc_act", "group_size": 32, "rules": {r"+:.*o_proj": {"bits": 3}}},
+        {"method": "rtn", "bits": 8, "sym": False, "group_size": -1},
+        {"preset": "fast", "bits": 4, "order": "desc_act", "group_size": 32, "rules": {r"+:.*o_proj": {"bits": 3}}},
     ],
 )
 @pytest.mark.filterwarnings("ignore:vLLM refuses")
 def test_logits_stay_and_files_are_refused(settings, tmp_path):
     calib = tiny.tokens()
-    quantized, _ = jgptq.quantize(tiny.decoder(), calib, preset="fast", **settings)
+    quantized, _ = jgptq.quantize(tiny.decoder(), calib, **settings)
     served = jgptq.for_serving(quantized)
     tokens = jnp.asarray(calib[:2])
     np.testing.assert_allclose(_logits(served, tokens), _logits(quantized, tokens), atol=1e-4)
