@@ -1,7 +1,7 @@
 """What each option is worth: excess log-perplexity over the float model, by bits, grid and group, beside GPTQModel's best.
 
     python benchmarks/bench_quality.py [--stories ../shared/data/stories260k] [--peer-python .venv-interop/bin/python]
-        [--peer-exports FOLDER] [--options best,balanced] [--bits 4,3,2]
+        [--peer-exports FOLDER] [--options best,balanced] [--bits 4,3,2] [--formats REGEX]
 
 On the embedded model at groups of 128 and 32, and, where its folder is given, on a trained Llama of 260 thousand parameters at
 groups of 32 (its MLP is 172 wide, no multiple of 32, and stays float on both sides). Both sides calibrate on the same 65,536
@@ -15,6 +15,7 @@ The result grows as the table is worked through, and what is there is not measur
 import argparse
 import json
 import math
+import re
 import subprocess
 import tempfile
 import time
@@ -35,6 +36,7 @@ NAME = "quality_cpu"
 PLAIN = {"preset": "fast", "scale": "minmax"}
 OPTIONS: dict[str, dict[str, Any]] = {
     "best": {"preset": "best"},
+    "best, damping 0.05": {"preset": "best", "damping": 0.05},
     "balanced": {},
     "fast": {"preset": "fast"},
     "rtn": {"method": "rtn"},
@@ -128,6 +130,7 @@ def main() -> None:
     parser.add_argument("--peer-exports", type=Path, help="keep, or find, GPTQModel's folders here")
     parser.add_argument("--options", default=",".join(OPTIONS).replace(", ", "; "), help="separated by commas")
     parser.add_argument("--bits", default="4,3,2")
+    parser.add_argument("--formats", default="", help="regex of the formats to measure, such as 'group 32, 3 bit'")
     args = parser.parse_args()
     options = [name.replace("; ", ", ") for name in args.options.split(",")]
     path = RESULTS / f"{NAME}.json"
@@ -144,6 +147,8 @@ def main() -> None:
         for bits in map(int, args.bits.split(",")):
             for sym in (True, False):
                 key = f"{model}, group {group_size}, {bits} bit {'sym' if sym else 'asym'}"
+                if not re.search(args.formats, key):
+                    continue
                 blank = {"limit": LIMITS[group_size][bits], "ours": {}, "gptqmodel": {}}
                 cells = result["formats"].setdefault(key, blank)
                 if args.peer_python is not None and len(cells["gptqmodel"]) < len(PEERS):

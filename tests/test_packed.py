@@ -28,8 +28,9 @@ def random_packed(bits: int, k: int, n: int, group_size: int, sym: bool, seed: i
     return pack(jnp.asarray(codes), jnp.asarray(scales), zero_gn, bits=bits, group_size=group_size), expected
 
 
-@given(st.sampled_from(BITS), st.sampled_from([1, 3]), st.sampled_from([1, 5]), st.integers(0, 2**32 - 1))
-def test_unpacking_inverts_packing(bits: int, units: int, columns: int, seed: int):
+@given(st.sampled_from(BITS), st.integers(0, 2**32 - 1))
+def test_unpacking_inverts_packing(bits: int, seed: int):
+    units, columns = 3, 5
     codes = np.random.default_rng(seed).integers(0, 2**bits, (32 * units, columns))
     words = pack_codes(jnp.asarray(codes), bits)
     assert words.shape == (units * bits, columns)

@@ -72,7 +72,7 @@ FORMATS = [
 )
 def test_gptqmodel_reads_every_format(tmp_path: Path, bits: int, sym: bool, group_size: int, file_format):
     params = tiny.decoder(intermediate_size=128, qkv_bias=True, model_type="qwen2")
-    quantized, _ = jgptq.quantize(params, tiny.tokens(), bits=bits, sym=sym, group_size=group_size)
+    quantized, _ = jgptq.quantize(params, tiny.tokens(), preset="fast", bits=bits, sym=sym, group_size=group_size)
     check(save_hf(quantized, tmp_path / "out", format=file_format), tiny.tokens(2), tmp_path)
 
 
@@ -84,27 +84,26 @@ MIXED = {
 }
 
 
-@pytest.mark.parametrize("lm_head", [False, True])
-@pytest.mark.parametrize("max_shard_size", ["20KB", "5GB"])
+@pytest.mark.parametrize(("lm_head", "max_shard_size"), [(True, "20KB"), (False, "5GB")])
 @pytest.mark.filterwarnings("ignore:transformers reads no rules", "ignore:rule 'lm_head'")
 def test_gptqmodel_reads_mixed_settings(tmp_path: Path, lm_head: bool, max_shard_size: str):
-    quantized, _ = jgptq.quantize(tiny.decoder(), tiny.tokens(), group_size=32, rules=MIXED, lm_head=lm_head)
+    quantized, _ = jgptq.quantize(tiny.decoder(), tiny.tokens(), preset="fast", group_size=32, rules=MIXED, lm_head=lm_head)
     assert sorted(kernel.bits for kernel in packed_kernels(quantized).values()) == [2, 2, 2, 4, 4, 4, 8, 8] + [8] * lm_head
     check(save_hf(quantized, tmp_path / "out", max_shard_size=max_shard_size), tiny.tokens(2), tmp_path)
 
 
 def test_gptqmodel_reads_the_embedded_model(tmp_path: Path):
     params = load_hf(tinycode.FOLDER)
-    calib = jgptq.calibration_tokens(stdlib_documents("train"), tinycode.FOLDER, samples=128, seq_len=tinycode.SEQ_LEN)
-    quantized, _ = jgptq.quantize(params, calib)
+    calib = jgptq.calibration_tokens(stdlib_documents("train"), tinycode.FOLDER, samples=16, seq_len=tinycode.SEQ_LEN)
+    quantized, _ = jgptq.quantize(params, calib, preset="fast")
     check(save_hf(quantized, tmp_path / "out", max_shard_size="1MB"), calib[:2], tmp_path)
 
 
 @pytest.mark.skipif(not STORIES.exists(), reason=f"needs {STORIES}")
 @pytest.mark.parametrize(("bits", "file_format"), [(4, "gptq"), (3, "gptq_v2"), (2, "gptq")])
 def test_gptqmodel_reads_a_model_whose_odd_layers_stay_float(tmp_path: Path, bits: int, file_format):
-    calib = jgptq.calibration_tokens(STORIES / "calib_ids.npy", samples=128, seq_len=256)
-    quantized, report = jgptq.quantize(load_hf(STORIES), calib, bits=bits, group_size=32)
+    calib = jgptq.calibration_tokens(STORIES / "calib_ids.npy", samples=16, seq_len=256)
+    quantized, report = jgptq.quantize(load_hf(STORIES), calib, preset="fast", bits=bits, group_size=32)
     out = save_hf(quantized, tmp_path / "out", format=file_format)
     assert len(report.kept_float) == 15
     assert len(json.loads((out / "config.json").read_text())["quantization_config"]["dynamic"]) == 3
