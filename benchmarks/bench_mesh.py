@@ -1,7 +1,7 @@
 """One linear on eight devices: what a device holds at the largest size, compiled for GPUs that need not be there, and the codes.
 
-    pip install --no-deps --target .aot jax-cuda13-plugin==$JAX jax-cuda13-pjrt==$JAX     # JAX: the version of jax installed here
-    PYTHONPATH=.aot python benchmarks/bench_mesh.py
+    make .aot/ready
+    PYTHONPATH=.aot .venv/bin/python benchmarks/bench_mesh.py
 
 (a) The down projection of a 405B Llama (K = 53248, N = 16384; its Hessian is 11.3 GB) for eight H200s of one host: the sum over a
 batch of 8 x 4096 tokens in bfloat16, the factorization, the solve, and all three as one program. Bytes are of one device, as
