@@ -37,6 +37,7 @@ PLAIN = {"preset": "fast", "scale": "minmax"}
 OPTIONS: dict[str, dict[str, Any]] = {
     "best": {"preset": "best"},
     "best, damping 0.05": {"preset": "best", "damping": 0.05},
+    "best, tune 2": {"preset": "best", "tune": 2.0},
     "balanced": {},
     "fast": {"preset": "fast"},
     "rtn": {"method": "rtn"},
