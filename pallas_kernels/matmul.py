@@ -6,13 +6,13 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import int4_decode, int4_prefill, reference
+from pallas_kernels import int4_decode, int4_mosaic, int4_prefill, reference
 from pallas_kernels.device import Backend, resolve
 from pallas_kernels.planes import Planes, RuntimeKernel, check_sizes, expanded
+from pallas_kernels.rows import Rows, RowsKernel, from_rows
 from pallas_kernels.tuning import tiling_of
 
 Layout = Literal["file"] | Planes
-UNFIT = "reads the runtime layout; convert with pallas_kernels.planes.to_runtime"
 
 
 class _Static(NamedTuple):
@@ -56,9 +56,11 @@ def int4_matmul(
       zeros: None for a symmetric grid; int32 `[G, N*bits/32]`, or `RuntimeKernel.zeros`.
       group_size: rows of K in a group of the file, or -1 for all.
       order: None for contiguous groups; the group of each row, int32 `[K]`; in the runtime layout `RuntimeKernel.order`.
-      layout: "file", or the `Planes` that the arrays are in (`pallas_kernels.planes.to_runtime`), which alone GPU kernels read.
+      layout: "file", or the layout that the arrays are in: `Planes` (`pallas_kernels.planes.to_runtime`), which Triton's kernels
+        read, or `Rows` (`pallas_kernels.rows.to_rows`, int4 codes as `qweight`), which those of Mosaic GPU do.
       bits: width of a code: 2, 3, 4 or 8; the runtime layout holds 4 and 8.
-      backend: "triton", the kernels on an NVIDIA GPU; "jax", plain JAX; "interpret", the kernels in Pallas' interpreter; "auto",
+      backend: "triton" and "mosaic", the kernels on an NVIDIA GPU; "jax", plain JAX; "interpret", Triton's kernels in Pallas'
+        interpreter; "auto",
         what `pallas_kernels.device.resolve` says.
 
     Returns:
@@ -69,7 +71,7 @@ def int4_matmul(
     """
     k = x.shape[-1]
     group_size = k if group_size == -1 else group_size
-    backend = resolve(backend, UNFIT if layout == "file" else None)
+    backend = resolve(backend, _unfit(backend, layout))
     operands = _Operands(qweight, scales, zeros, order)
     _check(x, operands, group_size, layout, bits)
     rows = x.reshape(-1, k)
@@ -78,6 +80,15 @@ def int4_matmul(
     else:
         found = _product(_Static(layout, backend), rows, operands)
     return found.reshape(*x.shape[:-1], -1)
+
+
+def _unfit(backend: Backend, layout: Layout) -> str | None:
+    """Why a backend's kernels cannot read a layout, or None."""
+    if layout == "file":
+        return "reads the runtime layout; convert with pallas_kernels.planes.to_runtime"
+    if isinstance(layout, Rows) != (backend == "mosaic"):
+        return "reads another layout: Triton's kernels read Planes, those of Mosaic GPU Rows"
+    return None
 
 
 def _check(x: jax.Array, operands: _Operands, group_size: int, layout: Layout, bits: int) -> None:
@@ -96,8 +107,9 @@ def _check(x: jax.Array, operands: _Operands, group_size: int, layout: Layout, b
         facts = {"K": (k, layout.k), "bits": (bits, layout.bits), "group_size": (group_size, layout.group_size)}
         if wrong := [f"{name} is {found}, the layout's is {held}" for name, (found, held) in facts.items() if found != held]:
             raise ValueError("; ".join(wrong))
-        of_rows = (-(-layout.padded_k // layout.rows), layout.padded_n)
-        words = (layout.tiles * layout.words, layout.padded_n)
+        columns = layout.filled_n if isinstance(layout, Rows) else layout.padded_n
+        of_rows = (-(-layout.padded_k // layout.rows), columns)
+        words = (columns, layout.padded_k) if isinstance(layout, Rows) else (layout.tiles * layout.words, columns)
         expected = {"qweight": words, "scales": of_rows, "zeros": of_rows, "order": (k,)}
     parts = {"qweight": qweight, "scales": scales, "zeros": zeros, "order": order}
     wrong = [
@@ -114,20 +126,33 @@ def _check(x: jax.Array, operands: _Operands, group_size: int, layout: Layout, b
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _product(static: _Static, x: jax.Array, operands: _Operands) -> jax.Array:
     """The product of rows `[M, K]`."""
+    x = x if operands.order is None else x[:, operands.order]
+    fills = ((0, 0), (0, static.layout.padded_k - static.layout.k))
+    if static.backend == "mosaic" and x.shape[0] <= int4_mosaic.MOST_ROWS:
+        return int4_mosaic.product(jnp.pad(x, fills), _rows(static.layout, operands))
     kernel = _runtime(static.layout, operands)
-    x = x if kernel.order is None else x[:, kernel.order]
-    if static.backend == "jax":
+    if static.backend in ("jax", "mosaic"):
         return int4_prefill.product(x, kernel)
     tiling = tiling_of(x.shape[0], kernel.layout, x.dtype)
     if tiling is None:
         return int4_prefill.product(x, kernel)
-    x = jnp.pad(x, ((0, 0), (0, kernel.layout.padded_k - kernel.layout.k)))
+    x = jnp.pad(x, fills)
     interpret = static.backend == "interpret"
     found = int4_decode.product(x, kernel.qweight, kernel.scales, kernel.zeros, kernel.layout, tiling, interpret=interpret)
     return found[:, : kernel.layout.n]
 
 
+def _rows(layout: Planes, operands: _Operands) -> RowsKernel:
+    if not isinstance(layout, Rows):
+        raise TypeError(f"expected int4 rows, found {layout}")
+    codes, scales, zeros, order = operands
+    return RowsKernel(codes=codes, scales=scales, zeros=zeros, order=order, layout=layout)
+
+
 def _runtime(layout: Planes, operands: _Operands) -> RuntimeKernel:
+    """The kernel in planes, whichever runtime layout it is in."""
+    if isinstance(layout, Rows):
+        return from_rows(_rows(layout, operands))
     qweight, scales, zeros, order = operands
     return RuntimeKernel(qweight=qweight, scales=scales, zeros=zeros, order=order, layout=layout)
 

@@ -16,6 +16,25 @@ COLUMNS = 128
 """Output columns are filled up to a multiple of this."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rows(Planes):
+    """The layout of int4 rows; sizes, version and groups as in `Planes`.
+
+    Raises:
+      ValueError: as `Planes`, or codes of another width.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.bits != 4:
+            raise ValueError(f"rows hold codes of 4 bits, found {self.bits}")
+
+    @property
+    def filled_n(self) -> int:
+        """Out-features, filled up."""
+        return -(-self.n // COLUMNS) * COLUMNS
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RowsKernel:
@@ -25,7 +44,7 @@ class RowsKernel:
     scales: jax.Array  # as in the `RuntimeKernel`, columns filled up
     zeros: jax.Array | None  # likewise
     order: jax.Array | None
-    layout: Planes = dataclasses.field(metadata={"static": True})  # of the kernel that it was made from
+    layout: Rows = dataclasses.field(metadata={"static": True})
 
 
 def to_rows(kernel: RuntimeKernel) -> RowsKernel:
@@ -34,15 +53,13 @@ def to_rows(kernel: RuntimeKernel) -> RowsKernel:
     Raises:
       ValueError: codes of another width.
     """
-    layout = kernel.layout
-    if layout.bits != 4:
-        raise ValueError(f"rows hold codes of 4 bits, found {layout.bits}")
+    layout = Rows(**dataclasses.asdict(kernel.layout))
     codes_nk = (codes_of(kernel.qweight, layout) - 8).astype(jnp.int4).T
-    filled = ((0, -(-layout.n // COLUMNS) * COLUMNS - layout.n), (0, layout.padded_k - layout.k))
+    filled = ((0, layout.filled_n - layout.n), (0, layout.padded_k - layout.k))
     return RowsKernel(
         codes=jnp.pad(codes_nk, filled),
-        scales=_columns(kernel.scales, layout.n),
-        zeros=None if kernel.zeros is None else _columns(kernel.zeros, layout.n),
+        scales=_columns(kernel.scales, layout),
+        zeros=None if kernel.zeros is None else _columns(kernel.zeros, layout),
         order=kernel.order,
         layout=layout,
     )
@@ -50,7 +67,7 @@ def to_rows(kernel: RuntimeKernel) -> RowsKernel:
 
 def from_rows(kernel: RowsKernel) -> RuntimeKernel:
     """Converts back."""
-    layout = kernel.layout
+    layout = Planes(**dataclasses.asdict(kernel.layout))
     codes_kn = kernel.codes.T[: layout.k, : layout.n].astype(jnp.int32) + 8
     rows = -(-layout.padded_k // layout.rows)
     narrow = ((0, 0), (0, layout.padded_n - layout.n))
@@ -68,5 +85,5 @@ def expanded_rows(kernel: RowsKernel) -> jax.Array:
     return expanded(from_rows(kernel))
 
 
-def _columns(per_row: jax.Array, n: int) -> jax.Array:
-    return jnp.pad(per_row[:, :n], ((0, 0), (0, -(-n // COLUMNS) * COLUMNS - n)))
+def _columns(per_row: jax.Array, layout: Rows) -> jax.Array:
+    return jnp.pad(per_row[:, : layout.n], ((0, 0), (0, layout.filled_n - layout.n)))

@@ -232,7 +232,7 @@ class _Device:
 )
 def test_a_device_that_cannot_run_the_kernels_falls_to_plain_jax_and_says_why_when_asked_for(found, reason, monkeypatch):
     monkeypatch.setattr(device.jax, "devices", lambda: [found])
-    assert device.missing(found) == reason
+    assert device.missing(found, "triton") == reason
     assert device.resolve("auto") == ("triton" if reason is None else "jax")
     assert device.resolve("auto", "takes no such thing") == "jax"
     if reason is not None:

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from random_codes import case
 
-from pallas_kernels import int4_mosaic
+from pallas_kernels import int4_matmul, int4_mosaic
 from pallas_kernels.int4_mosaic import Pipeline, pipeline_of
-from pallas_kernels.planes import Planes, to_runtime
-from pallas_kernels.rows import RowsKernel, expanded_rows, from_rows, to_rows
+from pallas_kernels.planes import to_runtime
+from pallas_kernels.rows import Rows, RowsKernel, expanded_rows, from_rows, to_rows
 
 # Not a public name yet.
 interpreter = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
@@ -36,10 +36,32 @@ def test_rows_are_converted_and_multiplied(k, n, group_size, sym, m, parts):
     assert np.all(np.abs(np.asarray(y, np.float64) - x_mk @ found.w_kn) < allowed)
 
 
+def test_the_same_call_takes_rows(monkeypatch):
+    found = case(160, 40, 32, sym=False, ordered=True)
+    kernel = to_rows(to_runtime(*found.arrays, group_size=32))
+    arrays = (kernel.codes, kernel.scales, kernel.zeros)
+    known = {"group_size": 32, "order": kernel.order, "layout": kernel.layout}
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((3, 160)), jnp.float32)
+    pull = jnp.asarray(np.random.default_rng(2).standard_normal((3, 40)), jnp.float32)
+    y, back = jax.vjp(lambda x: int4_matmul(x, *arrays, **known), x)
+    np.testing.assert_allclose(y, np.asarray(x) @ found.w_kn, atol=1e-4)
+    np.testing.assert_allclose(back(pull)[0], np.asarray(pull) @ found.w_kn.T, atol=1e-4)
+    with pytest.raises(ValueError, match="backend 'mosaic' needs an NVIDIA GPU, found cpu"):
+        int4_matmul(x, *arrays, **known, backend="mosaic")
+    with pytest.raises(ValueError, match="reads another layout: Triton's kernels read Planes"):
+        int4_matmul(x, *arrays, **known, backend="interpret")
+    # On a GPU it is the kernel that runs.
+    taken = []
+    monkeypatch.setattr("pallas_kernels.matmul.resolve", lambda backend, unfit: backend)
+    monkeypatch.setattr(int4_mosaic, "product", lambda x, kernel: taken.append(kernel.layout) or jnp.zeros((3, 40)))
+    int4_matmul(x, *arrays, **known, backend="mosaic")
+    assert taken == [kernel.layout]
+
+
 def test_k_is_cut_into_parts_that_divide_it():
     for k, m in ((4096, 1), (14336, 16), (384, 64), (128, 128)):
         codes, scales = (jax.ShapeDtypeStruct(shape, jnp.int4) for shape in ((128, k), (k // 128, 128)))
-        layout = Planes(k=k, n=128, bits=4, group_size=128)
+        layout = Rows(k=k, n=128, bits=4, group_size=128)
         kernel = RowsKernel(codes=codes, scales=scales, zeros=None, order=None, layout=layout)
         pipeline = pipeline_of(m, kernel)
         assert kernel.layout.tiles % pipeline.parts == 0

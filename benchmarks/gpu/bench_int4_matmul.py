@@ -1,6 +1,6 @@
 """Packed int4 products on a GPU: right first, then how fast, against XLA's bfloat16 matmul and against the floor.
 
-    PYTHONPATH=. python benchmarks/gpu/bench_int4_matmul.py [--quick] [--name int4_matmul_gpu]
+    PYTHONPATH=. python benchmarks/gpu/bench_int4_matmul.py [--quick] [--backend triton] [--name int4_matmul_gpu]
 
 Correctness: fresh random operands against float64, every result written over a buffer of NaN. Times: cold weights, a run through
 more copies of them than a cache holds, as one program; the quickest of `--repeats` runs, both sides in turns. The floor is the
@@ -26,6 +26,7 @@ from common import circumstances, write_result
 from pallas_kernels import int4_matmul
 from pallas_kernels.layout import pack_codes
 from pallas_kernels.planes import RuntimeKernel, to_runtime
+from pallas_kernels.rows import RowsKernel, to_rows
 from pallas_kernels.tuning import tiling_of
 
 SHAPES = ((4096, 4096), (4096, 28672), (14336, 4096), (8192, 57344), (28672, 8192))
@@ -65,21 +66,30 @@ def random_kernel(k: int, n: int, group: int, seed: int, *, sym: bool = True, or
     return kernel, scales.astype(np.float64)[order] * (codes - zeros[order])
 
 
-def multiplied(x: jax.Array, kernel: RuntimeKernel) -> jax.Array:
-    layout = kernel.layout
-    arrays = (kernel.qweight, kernel.scales, kernel.zeros)
-    return int4_matmul(x, *arrays, group_size=layout.group_size, order=kernel.order, layout=layout, backend="triton")
+def multiplied(x: jax.Array, kernel: RuntimeKernel | RowsKernel) -> jax.Array:
+    """By the kernels that read the layout."""
+    layout, in_rows = kernel.layout, isinstance(kernel, RowsKernel)
+    arrays = (kernel.codes if isinstance(kernel, RowsKernel) else kernel.qweight, kernel.scales, kernel.zeros)
+    backend = "mosaic" if in_rows else "triton"
+    return int4_matmul(x, *arrays, group_size=layout.group_size, order=kernel.order, layout=layout, backend=backend)
 
 
-def check(seed: int) -> list[dict[str, Any]]:
+def read_by(backend: str, kernel: RuntimeKernel) -> RuntimeKernel | RowsKernel:
+    """The kernel in the layout of a backend."""
+    return to_rows(kernel) if backend == "mosaic" else kernel
+
+
+def check(seed: int, backend: str) -> list[dict[str, Any]]:
     """Every check's largest error, in terms of the root of the sum of squared products."""
     found = []
     for number, (k, n, group, sym, ordered, m, dtype) in enumerate(CHECKS):
+        if backend == "mosaic" and dtype == "float32":
+            continue
         kernel, w_kn = random_kernel(k, n, group, seed + number, sym=sym, ordered=ordered)
         x = jnp.asarray(np.random.default_rng(seed - number).standard_normal((m, k)), dtype)
         # What the kernel writes to is freed memory: filled with NaN, a part that it leaves out shows.
         jax.block_until_ready([jnp.full((64, 1 << 20), jnp.nan) for _ in range(4)])
-        y = np.asarray(jax.jit(multiplied)(x, kernel), np.float64)
+        y = np.asarray(jax.jit(multiplied)(x, read_by(backend, kernel)), np.float64)
         x_mk = np.asarray(x, np.float64)
         error = float(np.max(np.abs(y - x_mk @ w_kn) / np.sqrt(np.square(x_mk) @ np.square(w_kn))))
         limit = {"bfloat16": 2**-6, "float16": 2**-8, "float32": 1e-5}[dtype]
@@ -109,12 +119,12 @@ def floors(repeats: int) -> dict[str, float]:
     return {"bytes": 2 * big.nbytes / min(found["copy"]), "macs": 8192**3 / min(found["matmul"])}
 
 
-def timed(k: int, n: int, rows: tuple[int, ...], speed: dict[str, float], repeats: int) -> list[dict[str, Any]]:
+def timed(k: int, n: int, rows: tuple[int, ...], speed: dict[str, float], repeats: int, backend: str) -> list[dict[str, Any]]:
     """One shape at several numbers of rows."""
     kernel, _ = random_kernel(k, n, GROUP, 0)
     bytes_of = kernel.qweight.nbytes + kernel.scales.nbytes
     copies = max(2, int(COLD_BYTES // bytes_of) + 1)
-    kernels = [jax.tree.map(lambda leaf, c=copy: jnp.roll(leaf, c, axis=0), kernel) for copy in range(copies)]
+    kernels = [read_by(backend, jax.tree.map(lambda leaf, c=copy: jnp.roll(leaf, c, axis=0), kernel)) for copy in range(copies)]
     dense_copies = max(2, int(COLD_BYTES // (2 * k * n)) + 1)
     dense = [jax.random.normal(jax.random.key(copy), (k, n), jnp.bfloat16) for copy in range(dense_copies)]
     packed = jax.jit(lambda x, kernels: [multiplied(x, one) for one in kernels])
@@ -135,7 +145,7 @@ def timed(k: int, n: int, rows: tuple[int, ...], speed: dict[str, float], repeat
             "floor_us": floor * 1e6,
             "of_floor": floor / ours,
             "spread": statistics.median(times["int4"]) / min(times["int4"]),
-            "tiling": str(tiling_of(m, kernel.layout, x.dtype)),
+            "tiling": str(tiling_of(m, kernel.layout, x.dtype)) if backend == "triton" else "",
         }
         print({key: round(value, 3) if isinstance(value, float) else value for key, value in entry.items()}, flush=True)
         found.append(entry)
@@ -147,14 +157,23 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two shapes and four numbers of rows: less than five minutes")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--seed", type=int, default=int(time.time()), help="of the checks' operands")
+    parser.add_argument("--backend", choices=["triton", "mosaic"], default="triton")
     parser.add_argument("--name", default="int4_matmul_gpu")
     args = parser.parse_args()
-    checks = check(args.seed)
+    checks = check(args.seed, args.backend)
     print(f"{len(checks)} products are right", flush=True)
     speed = floors(args.repeats)
     shapes, rows = (QUICK_SHAPES, QUICK_ROWS) if args.quick else (SHAPES, ROWS)
-    times = [entry for k, n in shapes for entry in timed(k, n, rows, speed, args.repeats)]
-    result = {**circumstances(), "seed": args.seed, "checks": checks, "speed": speed, "group_size": GROUP, "times": times}
+    times = [entry for k, n in shapes for entry in timed(k, n, rows, speed, args.repeats, args.backend)]
+    result = {
+        **circumstances(),
+        "backend": args.backend,
+        "seed": args.seed,
+        "checks": checks,
+        "speed": speed,
+        "group_size": GROUP,
+        "times": times,
+    }
     print("wrote", write_result(args.name, result))
 
 

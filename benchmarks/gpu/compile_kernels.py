@@ -29,7 +29,7 @@ from pallas_kernels import int4_decode, int4_mosaic
 from pallas_kernels.gptq_block import launched
 from pallas_kernels.int4_decode import Tiling
 from pallas_kernels.planes import TILE, Planes
-from pallas_kernels.rows import RowsKernel
+from pallas_kernels.rows import Rows, RowsKernel
 from pallas_kernels.tuning import BUCKETS, rule, table
 
 NAME = "gpu_compile"
@@ -65,7 +65,7 @@ def product_case(name: str, m: int, layout: Planes, dtype: Any, zeros: bool, til
 
 def mosaic_case(m: int, group: int, dtype: Any, zeros: bool) -> Case:
     """The same through Mosaic GPU."""
-    layout = Planes(k=4096, n=4096, bits=4, group_size=group)
+    layout = Rows(k=4096, n=4096, bits=4, group_size=group)
     shape = (4096 // layout.rows, 4096)
     operands = [_S((m, 4096), dtype), _S((4096, 4096), jnp.int4), _S(shape, jnp.bfloat16)]
     operands += [_S(shape, jnp.int8)] if zeros else []
