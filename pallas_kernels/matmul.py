@@ -126,16 +126,19 @@ def _check(x: jax.Array, operands: _Operands, group_size: int, layout: Layout, b
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _product(static: _Static, x: jax.Array, operands: _Operands) -> jax.Array:
     """The product of rows `[M, K]`."""
+    if static.backend == "jax":
+        # The kernel is put in the order of x: XLA fails to multiply a permuted bfloat16 x of some shapes on a CPU.
+        return int4_prefill.product(x, _in_order(_runtime(static.layout, operands)), apart=False)
     x = x if operands.order is None else x[:, operands.order]
     fills = ((0, 0), (0, static.layout.padded_k - static.layout.k))
     if static.backend == "mosaic" and x.shape[0] <= int4_mosaic.MOST_ROWS:
         return int4_mosaic.product(jnp.pad(x, fills), _rows(static.layout, operands))
     kernel = _runtime(static.layout, operands)
-    if static.backend in ("jax", "mosaic"):
-        return int4_prefill.product(x, kernel)
+    if static.backend == "mosaic":
+        return int4_prefill.product(x, expanded(kernel), apart=True)
     tiling = tiling_of(x.shape[0], kernel.layout, x.dtype)
     if tiling is None:
-        return int4_prefill.product(x, kernel)
+        return int4_prefill.product(x, expanded(kernel), apart=static.backend == "triton")
     x = jnp.pad(x, fills)
     interpret = static.backend == "interpret"
     found = int4_decode.product(x, kernel.qweight, kernel.scales, kernel.zeros, kernel.layout, tiling, interpret=interpret)
@@ -157,15 +160,19 @@ def _runtime(layout: Planes, operands: _Operands) -> RuntimeKernel:
     return RuntimeKernel(qweight=qweight, scales=scales, zeros=zeros, order=order, layout=layout)
 
 
+def _in_order(kernel: RuntimeKernel) -> jax.Array:
+    """The expanded kernel, rows as in the file."""
+    w_kn = expanded(kernel)
+    return w_kn if kernel.order is None else w_kn[jnp.argsort(kernel.order)]
+
+
 def _forward(static: _Static, x: jax.Array, operands: _Operands) -> tuple[jax.Array, _Operands]:
     return _product(static, x, operands), operands
 
 
 def _backward(static: _Static, operands: _Operands, pull: jax.Array) -> tuple[jax.Array, None]:
     """The gradient of x: the pull times W transposed."""
-    kernel = _runtime(static.layout, operands)
-    w_kn = expanded(kernel)
-    w_kn = w_kn if kernel.order is None else w_kn[jnp.argsort(kernel.order)]
+    w_kn = _in_order(_runtime(static.layout, operands))
     precision = jax.lax.Precision.HIGHEST if pull.dtype == jnp.float32 else None
     contract_columns = (((1,), (1,)), ((), ()))
     found = jax.lax.dot_general(

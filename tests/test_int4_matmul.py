@@ -116,6 +116,14 @@ def test_products_are_those_of_the_oracle(name, backend):
     assert_is_product(multiplied(x, runtime(found), backend), x, found.w_kn, dtype)
 
 
+def test_a_compiled_product_runs_where_x_is_permuted():
+    # XLA has compiled the product of a permuted bfloat16 x of this shape for a CPU as something that it cannot run.
+    found = case(1536, 640, 96, sym=False, ordered=True)
+    x = rows(129, 1536, "bfloat16")
+    y = jax.jit(lambda x, kernel: multiplied(x, kernel, "jax"))(x, runtime(found))
+    assert_is_product(y, x, found.w_kn, "bfloat16")
+
+
 FORMS = {
     "gemv": Tiling(form="gemv", rows=4, columns=64, parts=2, warps=4, stages=2),
     "gemv of one row": Tiling(form="gemv", rows=1, columns=64, parts=1, warps=4, stages=2),
