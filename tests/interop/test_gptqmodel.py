@@ -100,11 +100,10 @@ def test_gptqmodel_reads_the_embedded_model(tmp_path: Path):
 
 
 @pytest.mark.skipif(not STORIES.exists(), reason=f"needs {STORIES}")
-@pytest.mark.parametrize(("bits", "file_format"), [(4, "gptq"), (3, "gptq_v2"), (2, "gptq")])
-def test_gptqmodel_reads_a_model_whose_odd_layers_stay_float(tmp_path: Path, bits: int, file_format):
+def test_gptqmodel_reads_a_model_whose_odd_layers_stay_float(tmp_path: Path):
     calib = jgptq.calibration_tokens(STORIES / "calib_ids.npy", samples=16, seq_len=256)
-    quantized, report = jgptq.quantize(load_hf(STORIES), calib, preset="fast", bits=bits, group_size=32)
-    out = save_hf(quantized, tmp_path / "out", format=file_format)
+    quantized, report = jgptq.quantize(load_hf(STORIES), calib, preset="fast", bits=3, group_size=32)
+    out = save_hf(quantized, tmp_path / "out", format="gptq_v2")
     assert len(report.kept_float) == 15
     assert len(json.loads((out / "config.json").read_text())["quantization_config"]["dynamic"]) == 3
     check(out, np.load(STORIES / "eval_ids.npy")[:512].reshape(2, 256).astype(np.int32), tmp_path)
