@@ -94,14 +94,14 @@ def test_gptqmodel_reads_mixed_settings(tmp_path: Path, lm_head: bool, max_shard
 
 def test_gptqmodel_reads_the_embedded_model(tmp_path: Path):
     params = load_hf(tinycode.FOLDER)
-    calib = jgptq.calibration_tokens(stdlib_documents("train"), tinycode.FOLDER, samples=16, seq_len=tinycode.SEQ_LEN)
+    calib = jgptq.calibration_tokens(stdlib_documents("train"), tinycode.FOLDER, samples=128, seq_len=32)
     quantized, _ = jgptq.quantize(params, calib, preset="fast")
     check(save_hf(quantized, tmp_path / "out", max_shard_size="1MB"), calib[:2], tmp_path)
 
 
 @pytest.mark.skipif(not STORIES.exists(), reason=f"needs {STORIES}")
 def test_gptqmodel_reads_a_model_whose_odd_layers_stay_float(tmp_path: Path):
-    calib = jgptq.calibration_tokens(STORIES / "calib_ids.npy", samples=16, seq_len=256)
+    calib = jgptq.calibration_tokens(STORIES / "calib_ids.npy", samples=128, seq_len=32)
     quantized, report = jgptq.quantize(load_hf(STORIES), calib, preset="fast", bits=3, group_size=32)
     out = save_hf(quantized, tmp_path / "out", format="gptq_v2")
     assert len(report.kept_float) == 15
