@@ -40,6 +40,8 @@ def missing(device: jax.Device, backend: str) -> str | None:
     found = str(getattr(device, "compute_capability", ""))
     if not found.replace(".", "", 1).isdigit():
         return f"needs an NVIDIA GPU, found {device.device_kind}"
+    if backend == "mosaic" and float(found) >= 10.0:
+        return f"needs a Hopper GPU, whose wgmma later ones have not; {device.device_kind} has compute capability {found}"
     if float(found) < OLDEST[backend]:
         return f"needs compute capability {OLDEST[backend]}, {device.device_kind} has {found}"
     return None

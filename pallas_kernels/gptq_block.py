@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as gpu
 
 from pallas_kernels import reference
+from pallas_kernels.assembly import elementwise
 from pallas_kernels.device import Backend, resolve
 from pallas_kernels.reference import BlockResult
 
@@ -139,14 +140,9 @@ def _kernel(*refs: Any, bits: int, drifts: bool, shared: bool, exact: bool) -> N
 
 def _quotient(a: jax.Array, b: jax.Array, exact: bool) -> jax.Array:
     """A division that is rounded once: Triton's own is an approximation."""
-    return a / b if exact else _elementwise("div.rn.f32 $0, $1, $2;", "=f,f,f", [a, b])
+    return a / b if exact else elementwise("div.rn.f32 $0, $1, $2;", "=f,f,f", [a, b])
 
 
 def _rounded(a: jax.Array, exact: bool) -> jax.Array:
     """Half to even."""
-    return jnp.round(a) if exact else _elementwise("cvt.rni.f32.f32 $0, $1;", "=f,f", [a])
-
-
-def _elementwise(assembly: str, constraints: str, args: list[jax.Array]) -> jax.Array:
-    shape = jax.ShapeDtypeStruct(args[0].shape, jnp.float32)
-    return gpu.elementwise_inline_asm(assembly, args=args, constraints=constraints, pack=1, result_shape_dtypes=[shape])[0]
+    return jnp.round(a) if exact else elementwise("cvt.rni.f32.f32 $0, $1;", "=f,f", [a])

@@ -15,6 +15,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as gpu
 
+from pallas_kernels.assembly import elementwise
 from pallas_kernels.planes import TILE, Planes
 
 Form = Literal["gemv", "planes", "swapped"]
@@ -87,11 +88,6 @@ def product(
     if several and not tiling.atomics:
         out = out.sum(axis=0)
     return out[:m].astype(x.dtype)
-
-
-def _varying(operands: list[jax.Array]) -> frozenset[Any]:
-    """The mesh axes that the result differs over, under `shard_map`."""
-    return frozenset().union(*(getattr(jax.typeof(operand), "vma", frozenset()) for operand in operands))
 
 
 def _kernel(*refs: Any, layout: Planes, tiling: Tiling, has_zeros: bool, has_start: bool, interpret: bool) -> None:
@@ -243,19 +239,12 @@ def wide_codes(words: jax.Array, plane: int, bits: int, interpret: bool) -> jax.
 lop3.b32 t, t, {(2**bits - 1) << at}, {(150 - at) << 23}, 0xEA;
 mov.b32 f, t;
 sub.f32 $0, f, 0f{middle:08X}; }}"""
-    return _elementwise(assembly, "=f,r", [words])
+    return elementwise(assembly, "=f,r", [words])
 
 
 def _fused(a: jax.Array, b: jax.Array, c: jax.Array, interpret: bool) -> jax.Array:
     """`a b + c` in float32, rounded once; a multiplication and an addition are not fused by themselves."""
-    return (
-        a * b + c if interpret else _elementwise("fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", [a, jnp.broadcast_to(b, a.shape), c])
-    )
-
-
-def _elementwise(assembly: str, constraints: str, args: list[jax.Array]) -> jax.Array:
-    shape = jax.ShapeDtypeStruct(args[0].shape, jnp.float32)
-    return gpu.elementwise_inline_asm(assembly, args=args, constraints=constraints, pack=1, result_shape_dtypes=[shape])[0]
+    return a * b + c if interpret else elementwise("fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", [a, jnp.broadcast_to(b, a.shape), c])
 
 
 def _float_bits(value: float) -> int:

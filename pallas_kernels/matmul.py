@@ -60,8 +60,7 @@ def int4_matmul(
         read, or `Rows` (`pallas_kernels.rows.to_rows`, int4 codes as `qweight`), which those of Mosaic GPU do.
       bits: width of a code: 2, 3, 4 or 8; the runtime layout holds 4 and 8.
       backend: "triton" and "mosaic", the kernels on an NVIDIA GPU; "jax", plain JAX; "interpret", Triton's kernels in Pallas'
-        interpreter; "auto",
-        what `pallas_kernels.device.resolve` says.
+        interpreter; "auto", what `pallas_kernels.device.resolve` says.
 
     Returns:
       `[..., N]` in the dtype of `x`.

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.int4_decode import Tiling
+from pallas_kernels.int4_decode import Form, Tiling
 from pallas_kernels.planes import TILE, Planes
 
 BUCKETS = (1, 2, 4, 16, 32, 64, 128, 256)
@@ -73,12 +73,12 @@ def candidates(m: int, layout: Planes, dtype: Any) -> list[Tiling]:
         return []
     parts_of = [parts for parts in (1, 2, 4, 8, 16) if layout.tiles % parts == 0]
     columns_of = [columns for columns in (64, 128) if layout.padded_n % columns == 0]
-    shapes: list[tuple[str, int]] = [("gemv", bucket)] if bucket <= 4 else []
+    shapes: list[tuple[Form, int]] = [("gemv", bucket)] if bucket <= 4 else []
     shapes += [("planes", max(16, min(bucket, 64)))]
     if dtype != jnp.float32 and bucket >= 16:
         shapes += [("swapped", rows) for rows in (16, 32, 64, 128) if rows <= bucket]
     return [
-        Tiling(form=form, rows=rows, columns=columns, parts=parts, warps=warps, stages=stages)  # type: ignore[arg-type]
+        Tiling(form=form, rows=rows, columns=columns, parts=parts, warps=warps, stages=stages)
         for form, rows in shapes
         for columns in columns_of
         for parts in parts_of

@@ -246,3 +246,10 @@ def test_a_device_that_cannot_run_the_kernels_falls_to_plain_jax_and_says_why_wh
     if reason is not None:
         with pytest.raises(ValueError, match=f"backend 'triton' {reason}; backend='jax' runs everywhere"):
             device.resolve("triton")
+
+
+def test_wgmma_is_hoppers_alone():
+    for capability, reason in (("9.0", None), ("8.9", "needs compute capability 9.0"), ("10.0", "needs a Hopper GPU")):
+        found = device.missing(_Device("gpu", "NVIDIA", capability), "mosaic")
+        assert (found is None) == (reason is None)
+        assert reason is None or found.startswith(reason)
