@@ -53,21 +53,9 @@ def int4_matmul(
     order: jax.Array | None = None,
     bits: int = 4,
 ) -> jax.Array:
-    """Multiplies with a packed group-wise kernel; equivalent to `x @ dequantize(qweight, scales, zeros, ...)`.
+    """`pallas_kernels.int4_matmul` in the file layout: `x @ dequantize(...)`, the kernel rounded to the dtype of `x`.
 
-    The kernel is rounded to the dtype of `x`, the sum is accumulated in float32, and the result has the dtype of `x`.
-
-    Args:
-      x: float `[..., K]`.
-      qweight: int32 `[K*bits/32, N]`.
-      scales: float `[G, N]`.
-      zeros: int32 `[G, N*bits/32]`, or None for a symmetric grid.
-      group_size: rows of K in a group.
-      order: int32 `[K]`, the group of each row, or None for contiguous groups.
-      bits: width of a code.
-
-    Returns:
-      `[..., N]` in the dtype of `x`.
+    The sum is accumulated in float32, and the result has the dtype of `x`.
     """
     w_kn = dequantize(qweight, scales, zeros, bits=bits, group_size=group_size, order=order).astype(x.dtype)
     return jnp.matmul(x, w_kn, preferred_element_type=jnp.float32).astype(x.dtype)
@@ -90,22 +78,9 @@ def gptq_block(
     *,
     bits: int,
 ) -> BlockResult:
-    """Quantizes R rows in sequence, each compensating the error of those before it (GPTQ, Frantar et al. 2022, algorithm 1).
+    """The steps of `pallas_kernels.gptq_block`, whose arguments and result these are; of any float dtype and any R.
 
-    For k = 0..R-1: `code_k = clip(round(w_k / scale) + zero)`, `e_k = (w_k - scale * (code_k - zero)) / u[k, k]`, and
-    `w_j -= u[k, j] * e_k` for every later row j; with a drift also `w_j += drift[k, j] * w_k` (GPTAQ, arXiv 2504.02692).
-    Rounding is half to even, the division a true division.
-
-    Args:
-      w_rn: float `[R, N]`, rows as updated by all rows before this block.
-      u_rr: float `[R, R]`, the diagonal block of the upper factor U, H^-1 = U^T U.
-      scale_rn: float `[R, N]`, or `[1, N]` where all rows share a scale.
-      zero_rn: float of the same shape, integers.
-      drift_rr: float `[R, R]`, strictly upper; None for plain GPTQ.
-      bits: width of a code.
-
-    Returns:
-      The codes, and the errors and rows that the caller spreads over the rows after this block.
+    Each row's update is one product with all errors so far, those of rows yet to come being zero.
     """
     product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
     shared = scale_rn.shape[0] == 1
