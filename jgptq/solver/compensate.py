@@ -16,6 +16,7 @@ from pallas_kernels.device import resolve
 from pallas_kernels.gptq_block import ROWS
 
 _MAX_BLOCK = 128
+_MAX_RUN = 4  # blocks
 
 
 class Compensated(NamedTuple):
@@ -42,6 +43,16 @@ class _State(NamedTuple):
     moved_n: jax.Array
 
 
+class _Past(NamedTuple):
+    """What the rows before a run of blocks do to all rows of the run, and those rows of the matrices that say so."""
+
+    start: jax.Array
+    l_sk: jax.Array
+    pull_sn: jax.Array  # the product of L with what was lost so far
+    drift_sk: jax.Array | None  # GPTAQ's matrix
+    drift_sn: jax.Array | None  # and its product with the rows as they were when their turn came
+
+
 class _Turn(NamedTuple):
     """What a block begins with."""
 
@@ -54,7 +65,7 @@ class _Turn(NamedTuple):
 class _Block(NamedTuple):
     """What the loop over the steps of a block carries."""
 
-    w_bn: jax.Array  # rows, each current when its turn comes
+    error_bn: jax.Array  # rows that are yet to come: zero, here and in the next two
     points_bn: jax.Array  # grid points
     turn_bn: jax.Array  # [0, N] without a drift
     codes_bn: jax.Array  # uint8
@@ -79,6 +90,7 @@ def compensate(
     `w_B + L_BB^-1 L_B: (w - q)`, the least squares solution given their codes: one product of a row of blocks of L with what was
     lost so far. From there on the block is a problem of its own, with `U_BB = L_BB^-T` the same as the block of the published
     loop's factor `H^-1 = U^T U`. So one triangular factorization serves; the published loop takes three times the work to U.
+    What lies before a run of several blocks is multiplied for all its rows at once, for the sake of larger products.
 
     Inside a block of up to 128 rows errors spread after every few (`solver_step`).
 
@@ -99,21 +111,32 @@ def compensate(
     k, n = w_kn.shape
     block = solver_block(k, rows)
     size = solver_step(block, rows if fixed is None else block)
+    run = block if rows > block else _run_of_blocks(k, block)
     empty = Grid(jnp.ones((k // rows, n), w_kn.dtype), jnp.zeros((k // rows, n), w_kn.dtype))
     if fixed is None and rows == k:
         fixed = _begin_group(empty, w_kn, weight_k, jnp.int32(0), config), jnp.zeros(k, jnp.int32)
 
-    def turn(start: jax.Array, state: _State) -> _Turn:
+    def past(start: jax.Array, count: int, state: _State) -> _Past:
+        l_sk = l_rows(start, count)
+        drift_sk = None if drift_rows is None else drift_rows(start, count)
+        drift_sn = None if drift_sk is None else _product_over(drift_sk, state.turn_kn, jnp.int32(0), start, count)
+        return _Past(start, l_sk, _product_over(l_sk, state.w_kn, jnp.int32(0), start, count), drift_sk, drift_sn)
+
+    def turn(start: jax.Array, state: _State, before: _Past) -> _Turn:
         """What a block begins with."""
-        l_bk = l_rows(start, block)
+
+        def so_far(a_sk: jax.Array, a_sn: jax.Array, b_kn: jax.Array) -> tuple[jax.Array, jax.Array]:
+            a_bk, sum_bn = (jax.lax.dynamic_slice_in_dim(part, start - before.start, block) for part in (a_sk, a_sn))
+            return a_bk, sum_bn + _product_over(a_bk, b_kn, before.start, start, block)
+
         target_bn = jax.lax.dynamic_slice_in_dim(state.w_kn, start, block)
         drift_bb = None
-        if drift_rows is not None:
-            drift_bk = drift_rows(start, block)
+        if before.drift_sk is not None and before.drift_sn is not None:
+            drift_bk, drift_bn = so_far(before.drift_sk, before.drift_sn, state.turn_kn)
             drift_bb = jax.lax.dynamic_slice_in_dim(drift_bk, start, block, axis=1)
-            target_bn = target_bn + _product_so_far(drift_bk, state.turn_kn, start)
+            target_bn = target_bn + drift_bn
         u_bb = jax.lax.dynamic_index_in_dim(u_cbb, start // block, keepdims=False)
-        pulled_bn = product(transposed(u_bb), _product_so_far(l_bk, state.w_kn, start))
+        pulled_bn = product(transposed(u_bb), so_far(before.l_sk, before.pull_sn, state.w_kn)[1])
         return _Turn(target_bn, target_bn + pulled_bn, u_bb, drift_bb)
 
     def begin_wide_group(start: jax.Array, state: _State) -> Grid:
@@ -121,14 +144,25 @@ def compensate(
 
         def current(index: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             group_rn, w_kn = carry
-            of_block = turn(start + index * block, state._replace(w_kn=w_kn))
+            at, so_far = start + index * block, state._replace(w_kn=w_kn)
+            of_block = turn(at, so_far, past(at, block, so_far))
             moved_bn = of_block.target_bn - of_block.w_bn  # as if it had no grid
-            w_kn = jax.lax.dynamic_update_slice_in_dim(w_kn, moved_bn, start + index * block, 0)
+            w_kn = jax.lax.dynamic_update_slice_in_dim(w_kn, moved_bn, at, 0)
             return jax.lax.dynamic_update_slice_in_dim(group_rn, of_block.w_bn, index * block, 0), w_kn
 
         group_rn = jnp.zeros((rows, n), w_kn.dtype)
         group_rn, _ = jax.lax.fori_loop(0, rows // block, current, (group_rn, state.w_kn))
         return _begin_group(state.grid, group_rn, weight_k, start, config)
+
+    def pulled(at: jax.Array, count: int, done: _Block, begun: _Turn) -> jax.Array:
+        """Rows of a block as those before them leave them."""
+        w_rn = jax.lax.dynamic_slice_in_dim(begun.w_bn, at, count)
+        if count == block:
+            return w_rn
+        w_rn = w_rn - product(transposed(jax.lax.dynamic_slice_in_dim(begun.u_bb, at, count, axis=1)), done.error_bn)
+        if begun.drift_bb is not None:
+            w_rn = w_rn + product(jax.lax.dynamic_slice_in_dim(begun.drift_bb, at, count), done.turn_bn)
+        return w_rn
 
     def run_step(step: jax.Array, done: _Block, begun: _Turn, start: jax.Array) -> _Block:
         at = step * size
@@ -137,7 +171,7 @@ def compensate(
         if fixed is None and rows <= block:
 
             def begin_group() -> Grid:
-                return _begin_group(grid, jax.lax.dynamic_slice_in_dim(done.w_bn, at, rows), weight_k, row, config)
+                return _begin_group(grid, pulled(at, rows, done, begun), weight_k, row, config)
 
             grid = jax.lax.cond(row % rows == 0, begin_group, lambda: grid)
         if fixed is None:
@@ -145,38 +179,32 @@ def compensate(
         else:
             groups_r = jax.lax.dynamic_slice_in_dim(fixed[1], row, size)
             of_step = jax.tree.map(lambda part_gn: part_gn[groups_r], grid)
-        factors = [begun.u_bb] if begun.drift_bb is None else [begun.u_bb, begun.drift_bb.T]
-        corners = [jax.lax.dynamic_slice(factor_bb, (at, at), (size, size)) for factor_bb in factors]
-        w_rn = jax.lax.dynamic_slice_in_dim(done.w_bn, at, size)
-        found = gptq_block(w_rn, corners[0], *of_step, *corners[1:], bits=config.bits)
-        # Rows up to this step are done, and those of U would move them on.
-        later_b = (jnp.arange(block) >= at + size)[None, :]
-        of_block = [jnp.where(later_b, jax.lax.dynamic_slice_in_dim(factor_bb, at, size), 0.0) for factor_bb in factors]
-        w_bn = done.w_bn - product(transposed(of_block[0]), found.error_rn)
+        corners = [
+            jax.lax.dynamic_slice(factor_bb, (at, at), (size, size))
+            for factor_bb in (begun.u_bb, None if begun.drift_bb is None else begun.drift_bb.T)
+            if factor_bb is not None
+        ]
+        found = gptq_block(pulled(at, size, done, begun), corners[0], *of_step, *corners[1:], bits=config.bits)
         put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=at, axis=0)
-        turn_bn = done.turn_bn
-        if len(of_block) > 1:
-            w_bn = w_bn + product(transposed(of_block[1]), found.turn_rn)
-            turn_bn = put(turn_bn, found.turn_rn)
-        points_rn = of_step.scale_n * (found.codes_rn.astype(w_bn.dtype) - of_step.zero_n)
+        points_rn = of_step.scale_n * (found.codes_rn.astype(found.error_rn.dtype) - of_step.zero_n)
         return _Block(
-            w_bn,
+            put(done.error_bn, found.error_rn),
             put(done.points_bn, points_rn),
-            turn_bn,
+            done.turn_bn if begun.drift_bb is None else put(done.turn_bn, found.turn_rn),
             put(done.codes_bn, found.codes_rn),
             grid,
             done.loss_n + jnp.sum(jnp.square(found.error_rn), axis=0),
         )
 
-    def run_block(index: jax.Array, state: _State) -> _State:
-        start = index * block
-        begun = turn(start, state)
+    def run_block(index: jax.Array, state: _State, before: _Past) -> _State:
+        start = before.start + index * block
+        begun = turn(start, state, before)
         grid = state.grid
         if fixed is None and rows > block:
             grid = jax.lax.cond(start % rows == 0, lambda: begin_wide_group(start, state), lambda: grid)
         nothing_bn = jnp.zeros_like(begun.w_bn)
         turn_bn = nothing_bn if drift_rows is not None else nothing_bn[:0]
-        done = _Block(begun.w_bn, nothing_bn, turn_bn, nothing_bn.astype(jnp.uint8), grid, state.loss_n)
+        done = _Block(nothing_bn, nothing_bn, turn_bn, nothing_bn.astype(jnp.uint8), grid, state.loss_n)
         done = jax.lax.fori_loop(0, block // size, functools.partial(run_step, begun=begun, start=start), done)
         target_bn = begun.target_bn
         put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=0)
@@ -188,6 +216,10 @@ def compensate(
         moved_n = state.moved_n + jnp.sum(jnp.square(moved_bn), axis=0)
         return _State(put(state.w_kn, moved_bn), turn_kn, put(state.codes_kn, done.codes_bn), done.grid, done.loss_n, moved_n)
 
+    def run_blocks(index: jax.Array, state: _State) -> _State:
+        before = past(index * run, run, state)
+        return jax.lax.fori_loop(0, run // block, functools.partial(run_block, before=before), state)
+
     nothing_n = jnp.zeros_like(w_kn[0])
     state = _State(
         w_kn,
@@ -197,7 +229,7 @@ def compensate(
         nothing_n,
         nothing_n,
     )
-    state = jax.lax.fori_loop(0, k // block, run_block, state)
+    state = jax.lax.fori_loop(0, k // run, run_blocks, state)
     return Compensated(state.codes_kn, state.grid, state.loss_n, state.moved_n)
 
 
@@ -215,15 +247,20 @@ def solver_step(block: int, rows: int) -> int:
     return max(size for size in ROWS if block % size == 0 and (rows % size == 0 or rows > block))
 
 
-def _product_so_far(a_bk: jax.Array, b_kn: jax.Array, start: jax.Array) -> jax.Array:
-    """`A B` over the first `start` of K, a multiple of the rows of A."""
-    block = a_bk.shape[0]
+def _run_of_blocks(k: int, block: int) -> int:
+    """Rows that are pulled at once: the most blocks up to four that divide K."""
+    return block * max(count for count in range(1, _MAX_RUN + 1) if k % (count * block) == 0)
+
+
+def _product_over(a_bk: jax.Array, b_kn: jax.Array, start: jax.Array, stop: jax.Array, size: int) -> jax.Array:
+    """`A B` over K from `start` to `stop`, multiples of `size`."""
 
     def add(index: jax.Array, sum_bn: jax.Array) -> jax.Array:
-        a_bb = jax.lax.dynamic_slice_in_dim(a_bk, index * block, block, axis=1)
-        return sum_bn + product(a_bb, jax.lax.dynamic_slice_in_dim(b_kn, index * block, block))
+        a_bs = jax.lax.dynamic_slice_in_dim(a_bk, index * size, size, axis=1)
+        return sum_bn + product(a_bs, jax.lax.dynamic_slice_in_dim(b_kn, index * size, size))
 
-    return jax.lax.fori_loop(0, start // block, add, jnp.zeros((block, b_kn.shape[1]), b_kn.dtype))
+    nothing_bn = jnp.zeros((a_bk.shape[0], b_kn.shape[1]), b_kn.dtype)
+    return jax.lax.fori_loop(start // size, stop // size, add, nothing_bn)
 
 
 def _begin_group(all_groups: Grid, w_rn: jax.Array, weight_k: jax.Array, row: jax.Array, config: QuantizeConfig) -> Grid:
