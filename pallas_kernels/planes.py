@@ -186,21 +186,29 @@ def expanded(kernel: RuntimeKernel) -> jax.Array:
     return offset_kn.astype(jnp.float32) * _per_row(kernel.scales, layout).astype(jnp.float32)
 
 
+def obstacle(kernels: Sequence[RuntimeKernel]) -> str | None:
+    """Why kernels cannot lie side by side as one; None where they can."""
+    first = kernels[0]
+    for other in kernels[1:]:
+        facts = [(one.layout.k, one.layout.bits, one.layout.group_size, one.zeros is None) for one in (first, other)]
+        if facts[0] != facts[1]:
+            return f"fused kernels must agree in (K, bits, group_size, symmetric), found {facts[0]} and {facts[1]}"
+        if (first.order is None) != (other.order is None) or (
+            first.order is not None and other.order is not None and not bool(jnp.all(first.order == other.order))
+        ):
+            return "fused kernels must have the same order of rows: x is permuted once for all of them"
+    return None
+
+
 def fuse(kernels: Sequence[RuntimeKernel]) -> RuntimeKernel:
     """Kernels that read the same x, side by side, as one: its outputs are theirs, one after the other.
 
     Raises:
       ValueError: they differ in K, width, groups, in having zero points, or in their order.
     """
+    if reason := obstacle(kernels):
+        raise ValueError(reason)
     first = kernels[0]
-    for other in kernels[1:]:
-        facts = [(one.layout.k, one.layout.bits, one.layout.group_size, one.zeros is None) for one in (first, other)]
-        if facts[0] != facts[1]:
-            raise ValueError(f"fused kernels must agree in (K, bits, group_size, symmetric), found {facts[0]} and {facts[1]}")
-        if (first.order is None) != (other.order is None) or (
-            first.order is not None and other.order is not None and not bool(jnp.all(first.order == other.order))
-        ):
-            raise ValueError("fused kernels must have the same order of rows: x is permuted once for all of them")
     layout = dataclasses.replace(first.layout, n=sum(kernel.layout.n for kernel in kernels))
 
     def beside(parts: Sequence[jax.Array]) -> jax.Array:

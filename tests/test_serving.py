@@ -1,5 +1,7 @@
 """A decoder in the runtime layout computes what the one that it was made from does."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,22 +26,37 @@ _logits = jax.jit(lambda model, tokens: model(tokens))
 @pytest.mark.filterwarnings("ignore:vLLM refuses")
 def test_logits_stay_and_files_are_refused(settings, tmp_path):
     calib = tiny.tokens()
-    quantized, _ = jgptq.quantize(tiny.decoder(), calib, **settings)
+    quantized, _ = jgptq.quantize(tiny.decoder(qkv_bias=True), calib, **settings)
     served = jgptq.for_serving(quantized)
     tokens = jnp.asarray(calib[:2])
     np.testing.assert_allclose(_logits(served, tokens), _logits(quantized, tokens), atol=1e-4)
-    for block in served.layers:
-        for stage in block.stages():
-            for name, linear in zip(stage.names, stage.linears, strict=True):
-                kernel = linear.kernel.get_value()
-                three = "rules" in settings and name.endswith("o_proj")
-                assert isinstance(kernel, PackedTensor if three else RuntimeTensor), name
-    original = quantized.layers[0].self_attn.q_proj.kernel.get_value()
-    assert isinstance(original, PackedTensor)
-    converted = served.layers[0].self_attn.q_proj.kernel.get_value()
-    np.testing.assert_array_equal(converted.dequantize(), original.dequantize())
+    for block, original in zip(served.layers, quantized.layers, strict=True):
+        assert isinstance(block.self_attn.o_proj.kernel.get_value(), PackedTensor if "rules" in settings else RuntimeTensor)
+        assert isinstance(block.mlp.down_proj.kernel.get_value(), RuntimeTensor)
+        for stage, parts in zip(block.stages(), original.stages(), strict=True):
+            kernels = [linear.kernel.get_value() for linear in parts.linears]
+            if len(kernels) > 1:
+                assert stage.fused is not None
+                assert not stage.linears
+                beside = jnp.concatenate([kernel.dequantize() for kernel in kernels], axis=1)
+                np.testing.assert_array_equal(stage.fused.linear.kernel.get_value().dequantize(), beside)
+    assert not hasattr(served.layers[0].self_attn, "q_proj")
     with pytest.raises(ConfigError, match="runtime layout, which files do not hold; save what `for_serving` was given"):
         save_hf(served, tmp_path / "out")
+
+
+@pytest.mark.filterwarnings("ignore:vLLM refuses")
+def test_what_differs_stays_apart():
+    """Files of others may hold q, k and v of their own order."""
+    calib = tiny.tokens()
+    quantized, _ = jgptq.quantize(tiny.decoder(), calib, preset="fast", bits=4, order="desc_act", group_size=32)
+    k_proj = quantized.layers[0].self_attn.k_proj
+    kernel = k_proj.kernel.get_value()
+    k_proj.kernel.set_value(dataclasses.replace(kernel, order=jnp.roll(kernel.order, 1)))
+    served = jgptq.for_serving(quantized)
+    assert [block.self_attn.qkv is None for block in served.layers] == [True] + [False] * (len(served.layers) - 1)
+    tokens = jnp.asarray(calib[:2])
+    np.testing.assert_allclose(_logits(served, tokens), _logits(quantized, tokens), atol=1e-4)
 
 
 def test_a_float_decoder_has_nothing_to_convert():

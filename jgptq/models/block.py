@@ -9,7 +9,7 @@ from flax import nnx
 
 from jgptq.models.attention import causal_attention
 from jgptq.models.config import ModelConfig
-from jgptq.models.layers import Linear, RMSNorm
+from jgptq.models.layers import Fused, Linear, RMSNorm
 from jgptq.models.rotary import rotary_tables, rotate
 from jgptq.notation import Float
 
@@ -27,7 +27,8 @@ class Carry(NamedTuple):
 class Stage:
     """Linears that read the same activations, so that they share one Hessian.
 
-    The block's forward pass is `carry = combine(carry, [linear(inputs(carry)) for linear in linears])` over its stages.
+    The block's forward pass is `carry = combine(carry, [linear(inputs(carry)) for linear in linears])` over its stages. One that
+    was made for serving (`jgptq.for_serving`) has the linears of a stage in `fused` instead.
     """
 
     names: tuple[str, ...]  # dotted paths of the linears within the block
@@ -35,11 +36,12 @@ class Stage:
     inputs: Callable[[Carry], jax.Array]  # what all of them read, [b, S, K]
     combine: Callable[[Carry, list[jax.Array]], Carry]  # what follows them
     adds: bool = False  # whether the output is added to the residual stream of the carry, as it is
+    fused: Fused | None = None  # then `linears` is empty
 
     def __call__(self, carry: Carry) -> Carry:
         """Runs the stage."""
         h = self.inputs(carry)
-        return self.combine(carry, [linear(h) for linear in self.linears])
+        return self.combine(carry, [linear(h) for linear in self.linears] if self.fused is None else self.fused(h))
 
 
 class Attention(nnx.Module):
@@ -59,6 +61,7 @@ class Attention(nnx.Module):
         self.o_proj = Linear(heads * width, config.hidden_size, use_bias=config.o_bias, rngs=rngs)
         self.q_norm = RMSNorm(width, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(width, config.rms_norm_eps) if config.qk_norm else None
+        self.qkv: Fused | None = None
         self.config = config
         self.window = window
 
@@ -88,6 +91,7 @@ class MLP(nnx.Module):
         self.gate_proj = Linear(width, inner, use_bias=bias, rngs=rngs)
         self.up_proj = Linear(width, inner, use_bias=bias, rngs=rngs)
         self.down_proj = Linear(inner, width, use_bias=bias, rngs=rngs)
+        self.gate_up: Fused | None = None
         self.hidden_act = config.hidden_act
 
     def gated(self, gate: Float[jax.Array, "b S K"], up: Float[jax.Array, "b S K"]) -> Float[jax.Array, "b S K"]:
@@ -134,16 +138,18 @@ class Block(nnx.Module):
         return (
             Stage(
                 ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-                (attn.q_proj, attn.k_proj, attn.v_proj),
+                () if attn.qkv else (attn.q_proj, attn.k_proj, attn.v_proj),
                 lambda carry: self.input_layernorm(carry.residual),
                 lambda carry, outs: Carry(carry.residual, attn.mix(*outs)),
+                fused=attn.qkv,
             ),
             Stage(("self_attn.o_proj",), (attn.o_proj,), branch, add, adds=True),
             Stage(
                 ("mlp.gate_proj", "mlp.up_proj"),
-                (mlp.gate_proj, mlp.up_proj),
+                () if mlp.gate_up else (mlp.gate_proj, mlp.up_proj),
                 lambda carry: self.post_attention_layernorm(carry.residual),
                 lambda carry, outs: Carry(carry.residual, mlp.gated(*outs)),
+                fused=mlp.gate_up,
             ),
             Stage(("mlp.down_proj",), (mlp.down_proj,), branch, add, adds=True),
         )

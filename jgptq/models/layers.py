@@ -1,5 +1,7 @@
 """The small layers that a decoder is built of. A leaf may be a device array, a host array or a view of a mapped file."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -33,6 +35,23 @@ class Linear(nnx.Module):
             return y
         bias = jnp.asarray(self.bias.get_value(), h.dtype)
         return y + bias.reshape((1,) * (y.ndim - 1) + bias.shape)
+
+
+class Fused(nnx.Module):
+    """Linears that read the same activations, as one whose outputs are theirs side by side: one product where there were several.
+
+    Args:
+      linear: the one, `[K, sum of widths]`.
+      widths: out-features of each.
+    """
+
+    def __init__(self, linear: Linear, widths: tuple[int, ...]):
+        self.linear = linear
+        self.widths = widths
+
+    def __call__(self, h: Float[jax.Array, "*batch K"]) -> list[jax.Array]:
+        """What each linear gives, `[*batch, N]`."""
+        return jnp.split(self.linear(h), list(itertools.accumulate(self.widths[:-1])), axis=-1)
 
 
 class RMSNorm(nnx.Module):
