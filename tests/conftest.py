@@ -11,6 +11,7 @@ import hypothesis
 import jax
 import pytest
 import tiny
+from problems import problem, small  # noqa: F401, fixtures for all
 from texts import hub, tokenizer, tokenizer_folder  # noqa: F401, fixtures for all
 
 from converters import save_hf
