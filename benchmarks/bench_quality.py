@@ -9,7 +9,8 @@ tokens and are scored on the same held-out text, by the same code, in float32; G
 settings are those that its own documentation advises for quality: order inside groups, mse=2.4, and gptaq off, with alpha 0.25
 and with alpha 1; the best of the three, by the figure itself, is what ours is held against.
 
-The result grows as the table is worked through, and what is there is not measured again: delete the file to begin anew.
+The result grows as the table is worked through, and what is there is not measured again: delete the file to begin anew. Beside it
+stands the same as a table to read, `quality_cpu.md`.
 """
 
 import argparse
@@ -124,6 +125,38 @@ def verdicts(found: dict[str, Any]) -> dict[str, Any]:
     return ratios
 
 
+def mean_ratio(formats: list[dict[str, Any]], option: str) -> str:
+    """Geometric mean of an option's excess over GPTQModel's best in some formats, and their number if some lack it."""
+    pairs = [
+        (cells["ours"][option]["excess"], min(cell["excess"] for cell in cells["gptqmodel"].values()))
+        for cells in formats
+        if option in cells["ours"] and cells["gptqmodel"]
+    ]
+    if not pairs or min(min(pair) for pair in pairs) <= 0:
+        return ""
+    mean = math.exp(sum(math.log(ours / theirs) for ours, theirs in pairs) / len(pairs))
+    return f"{mean:.2f}" + ("" if len(pairs) == len(formats) else f" ({len(pairs)} of {len(formats)})")
+
+
+def tables(found: dict[str, Any]) -> str:
+    """Markdown: what every option leaves of GPTQModel's best at each width, and the excess of every cell."""
+    wide = {bits: [cells for key, cells in found.items() if f"{bits} bit" in key] for bits in (4, 3, 2)}
+    lines = ["| option | 4 bit | 3 bit | 2 bit |", "|---|---|---|---|"]
+    lines += [f"| {option} | " + " | ".join(mean_ratio(wide[bits], option) for bits in wide) + " |" for option in OPTIONS]
+    for model in dict.fromkeys(key.split(" bit")[0].rsplit(", ", 1)[0] for key in found):
+        order = [f"{model}, {bits} bit {grid}" for bits in wide for grid in ("sym", "asym")]
+        keys = [key for key in order if key in found]
+        heads = [key.removeprefix(model + ", ") for key in keys]
+        lines += ["", f"{model}: excess log-perplexity over float, in thousandths", "", f"| | {' | '.join(heads)} |"]
+        lines += ["|---" * (len(keys) + 1) + "|"]
+        for side, names in (("gptqmodel", list(PEERS)), ("ours", list(OPTIONS))):
+            for name in names:
+                values = [found[key][side][name]["excess"] * 1000 if name in found[key][side] else None for key in keys]
+                row = " | ".join("" if value is None else f"{value:.1f}" for value in values)
+                lines += [f"| {'GPTQModel, ' if side == 'gptqmodel' else ''}{name} | {row} |"]
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stories", type=Path)
@@ -140,6 +173,7 @@ def main() -> None:
     def keep() -> None:
         # The circumstances are those of the last cell; every cell holds the commit that it was measured at.
         write_result(NAME, {**circumstances(), **result, "verdicts": verdicts(result["formats"])})
+        (RESULTS / f"{NAME}.md").write_text(tables(result["formats"]))
 
     for model, folder, group_size, calib, tokens, skip in cases(args.stories):
         if model not in result["float"]:
