@@ -1,5 +1,6 @@
 """The blocked loop over rows: quantize, and spread the error over the rows that follow."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -110,81 +111,119 @@ def compensate(
     """
     k, n = w_kn.shape
     block = solver_block(k, rows)
-    size = solver_step(block, rows if fixed is None else block)
-    run = block if rows > block else _run_of_blocks(k, block)
     empty = Grid(jnp.ones((k // rows, n), w_kn.dtype), jnp.zeros((k // rows, n), w_kn.dtype))
     if fixed is None and rows == k:
         fixed = _begin_group(empty, w_kn, weight_k, jnp.int32(0), config), jnp.zeros(k, jnp.int32)
+    loop = _Loop(
+        l_rows=l_rows,
+        drift_rows=drift_rows,
+        u_cbb=u_cbb,
+        weight_k=weight_k,
+        fixed=fixed,
+        rows=rows,
+        step=solver_step(block, rows if fixed is None else block),
+        block=block,
+        run=block if rows > block else _run_of_blocks(k, block),
+        config=config,
+    )
+    nothing_n = jnp.zeros_like(w_kn[0])
+    state = _State(
+        w_kn,
+        jnp.zeros((0 if drift_rows is None else k, n), w_kn.dtype),
+        jnp.zeros((k, n), jnp.uint8),
+        empty if fixed is None else fixed[0],
+        nothing_n,
+        nothing_n,
+    )
+    state = jax.lax.fori_loop(0, k // loop.run, loop.run_blocks, state)
+    return Compensated(state.codes_kn, state.grid, state.loss_n, state.moved_n)
 
-    def past(start: jax.Array, count: int, state: _State) -> _Past:
-        l_sk = l_rows(start, count)
-        drift_sk = None if drift_rows is None else drift_rows(start, count)
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Loop:
+    """What stays the same from block to block, and the steps that are made of it."""
+
+    l_rows: Rows
+    drift_rows: Rows | None
+    u_cbb: jax.Array
+    weight_k: jax.Array
+    fixed: tuple[Grid, jax.Array] | None
+    rows: int  # in a group
+    step: int  # rows after which errors spread inside of a block
+    block: int
+    run: int  # rows of blocks that what lies before them pulls at once
+    config: QuantizeConfig
+
+    def past(self, start: jax.Array, count: int, state: _State) -> _Past:
+        """What the rows before `start` do to the next `count`."""
+        l_sk = self.l_rows(start, count)
+        drift_sk = None if self.drift_rows is None else self.drift_rows(start, count)
         drift_sn = None if drift_sk is None else _product_over(drift_sk, state.turn_kn, jnp.int32(0), start, count)
         return _Past(start, l_sk, _product_over(l_sk, state.w_kn, jnp.int32(0), start, count), drift_sk, drift_sn)
 
-    def turn(start: jax.Array, state: _State, before: _Past) -> _Turn:
+    def turn(self, start: jax.Array, state: _State, before: _Past) -> _Turn:
         """What a block begins with."""
 
         def so_far(a_sk: jax.Array, a_sn: jax.Array, b_kn: jax.Array) -> tuple[jax.Array, jax.Array]:
-            a_bk, sum_bn = (jax.lax.dynamic_slice_in_dim(part, start - before.start, block) for part in (a_sk, a_sn))
-            return a_bk, sum_bn + _product_over(a_bk, b_kn, before.start, start, block)
+            a_bk, sum_bn = (jax.lax.dynamic_slice_in_dim(part, start - before.start, self.block) for part in (a_sk, a_sn))
+            return a_bk, sum_bn + _product_over(a_bk, b_kn, before.start, start, self.block)
 
-        target_bn = jax.lax.dynamic_slice_in_dim(state.w_kn, start, block)
+        target_bn = jax.lax.dynamic_slice_in_dim(state.w_kn, start, self.block)
         drift_bb = None
         if before.drift_sk is not None and before.drift_sn is not None:
             drift_bk, drift_bn = so_far(before.drift_sk, before.drift_sn, state.turn_kn)
-            drift_bb = jax.lax.dynamic_slice_in_dim(drift_bk, start, block, axis=1)
+            drift_bb = jax.lax.dynamic_slice_in_dim(drift_bk, start, self.block, axis=1)
             target_bn = target_bn + drift_bn
-        u_bb = jax.lax.dynamic_index_in_dim(u_cbb, start // block, keepdims=False)
+        u_bb = jax.lax.dynamic_index_in_dim(self.u_cbb, start // self.block, keepdims=False)
         pulled_bn = product(transposed(u_bb), so_far(before.l_sk, before.pull_sn, state.w_kn)[1])
         return _Turn(target_bn, target_bn + pulled_bn, u_bb, drift_bb)
 
-    def begin_wide_group(start: jax.Array, state: _State) -> Grid:
+    def begin_wide_group(self, start: jax.Array, state: _State) -> Grid:
         """Sets the grid of a group of several blocks, from its rows as they are before the first of them has codes."""
 
         def current(index: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             group_rn, w_kn = carry
-            at, so_far = start + index * block, state._replace(w_kn=w_kn)
-            of_block = turn(at, so_far, past(at, block, so_far))
+            at, so_far = start + index * self.block, state._replace(w_kn=w_kn)
+            of_block = self.turn(at, so_far, self.past(at, self.block, so_far))
             moved_bn = of_block.target_bn - of_block.w_bn  # as if it had no grid
             w_kn = jax.lax.dynamic_update_slice_in_dim(w_kn, moved_bn, at, 0)
-            return jax.lax.dynamic_update_slice_in_dim(group_rn, of_block.w_bn, index * block, 0), w_kn
+            return jax.lax.dynamic_update_slice_in_dim(group_rn, of_block.w_bn, index * self.block, 0), w_kn
 
-        group_rn = jnp.zeros((rows, n), w_kn.dtype)
-        group_rn, _ = jax.lax.fori_loop(0, rows // block, current, (group_rn, state.w_kn))
-        return _begin_group(state.grid, group_rn, weight_k, start, config)
+        group_rn = jnp.zeros_like(state.w_kn[: self.rows])
+        group_rn, _ = jax.lax.fori_loop(0, self.rows // self.block, current, (group_rn, state.w_kn))
+        return _begin_group(state.grid, group_rn, self.weight_k, start, self.config)
 
-    def pulled(at: jax.Array, count: int, done: _Block, begun: _Turn) -> jax.Array:
+    def pulled(self, at: jax.Array, count: int, done: _Block, begun: _Turn) -> jax.Array:
         """Rows of a block as those before them leave them."""
         w_rn = jax.lax.dynamic_slice_in_dim(begun.w_bn, at, count)
-        if count == block:
+        if count == self.block:
             return w_rn
         w_rn = w_rn - product(transposed(jax.lax.dynamic_slice_in_dim(begun.u_bb, at, count, axis=1)), done.error_bn)
         if begun.drift_bb is not None:
             w_rn = w_rn + product(jax.lax.dynamic_slice_in_dim(begun.drift_bb, at, count), done.turn_bn)
         return w_rn
 
-    def run_step(step: jax.Array, done: _Block, begun: _Turn, start: jax.Array) -> _Block:
-        at = step * size
-        row = start + at
-        grid = done.grid
-        if fixed is None and rows <= block:
+    def grid_of_step(self, at: jax.Array, done: _Block, begun: _Turn, start: jax.Array) -> tuple[Grid, Grid]:
+        """All grids, with that of a group that begins here; and the grids of this step's rows."""
+        grid, row = done.grid, start + at
+        if self.fixed is not None:
+            groups_r = jax.lax.dynamic_slice_in_dim(self.fixed[1], row, self.step)
+            return grid, jax.tree.map(lambda part_gn: part_gn[groups_r], grid)
+        if self.rows <= self.block:
 
             def begin_group() -> Grid:
-                return _begin_group(grid, pulled(at, rows, done, begun), weight_k, row, config)
+                return _begin_group(done.grid, self.pulled(at, self.rows, done, begun), self.weight_k, row, self.config)
 
-            grid = jax.lax.cond(row % rows == 0, begin_group, lambda: grid)
-        if fixed is None:
-            of_step = jax.tree.map(lambda part_gn: jax.lax.dynamic_slice_in_dim(part_gn, row // rows, 1), grid)
-        else:
-            groups_r = jax.lax.dynamic_slice_in_dim(fixed[1], row, size)
-            of_step = jax.tree.map(lambda part_gn: part_gn[groups_r], grid)
-        corners = [
-            jax.lax.dynamic_slice(factor_bb, (at, at), (size, size))
-            for factor_bb in (begun.u_bb, None if begun.drift_bb is None else begun.drift_bb.T)
-            if factor_bb is not None
-        ]
-        found = gptq_block(pulled(at, size, done, begun), corners[0], *of_step, *corners[1:], bits=config.bits)
+            grid = jax.lax.cond(row % self.rows == 0, begin_group, lambda: done.grid)
+        return grid, jax.tree.map(lambda part_gn: jax.lax.dynamic_slice_in_dim(part_gn, row // self.rows, 1), grid)
+
+    def run_step(self, index: jax.Array, done: _Block, begun: _Turn, start: jax.Array) -> _Block:
+        """Quantizes a few rows, one after the other."""
+        at = index * self.step
+        grid, of_step = self.grid_of_step(at, done, begun, start)
+        factors = [begun.u_bb] if begun.drift_bb is None else [begun.u_bb, begun.drift_bb.T]
+        corners = [jax.lax.dynamic_slice(factor_bb, (at, at), (self.step, self.step)) for factor_bb in factors]
+        found = gptq_block(self.pulled(at, self.step, done, begun), corners[0], *of_step, *corners[1:], bits=self.config.bits)
         put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=at, axis=0)
         points_rn = of_step.scale_n * (found.codes_rn.astype(found.error_rn.dtype) - of_step.zero_n)
         return _Block(
@@ -196,16 +235,17 @@ def compensate(
             done.loss_n + jnp.sum(jnp.square(found.error_rn), axis=0),
         )
 
-    def run_block(index: jax.Array, state: _State, before: _Past) -> _State:
-        start = before.start + index * block
-        begun = turn(start, state, before)
+    def run_block(self, index: jax.Array, state: _State, before: _Past) -> _State:
+        """Quantizes a block, and keeps what its rows lost for those to come."""
+        start = before.start + index * self.block
+        begun = self.turn(start, state, before)
         grid = state.grid
-        if fixed is None and rows > block:
-            grid = jax.lax.cond(start % rows == 0, lambda: begin_wide_group(start, state), lambda: grid)
+        if self.fixed is None and self.rows > self.block:
+            grid = jax.lax.cond(start % self.rows == 0, lambda: self.begin_wide_group(start, state), lambda: grid)
         nothing_bn = jnp.zeros_like(begun.w_bn)
-        turn_bn = nothing_bn if drift_rows is not None else nothing_bn[:0]
+        turn_bn = nothing_bn if self.drift_rows is not None else nothing_bn[:0]
         done = _Block(nothing_bn, nothing_bn, turn_bn, nothing_bn.astype(jnp.uint8), grid, state.loss_n)
-        done = jax.lax.fori_loop(0, block // size, functools.partial(run_step, begun=begun, start=start), done)
+        done = jax.lax.fori_loop(0, self.block // self.step, functools.partial(self.run_step, begun=begun, start=start), done)
         target_bn = begun.target_bn
         put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=0)
         turn_kn = state.turn_kn
@@ -216,21 +256,10 @@ def compensate(
         moved_n = state.moved_n + jnp.sum(jnp.square(moved_bn), axis=0)
         return _State(put(state.w_kn, moved_bn), turn_kn, put(state.codes_kn, done.codes_bn), done.grid, done.loss_n, moved_n)
 
-    def run_blocks(index: jax.Array, state: _State) -> _State:
-        before = past(index * run, run, state)
-        return jax.lax.fori_loop(0, run // block, functools.partial(run_block, before=before), state)
-
-    nothing_n = jnp.zeros_like(w_kn[0])
-    state = _State(
-        w_kn,
-        jnp.zeros((0 if drift_rows is None else k, n), w_kn.dtype),
-        jnp.zeros((k, n), jnp.uint8),
-        empty if fixed is None else fixed[0],
-        nothing_n,
-        nothing_n,
-    )
-    state = jax.lax.fori_loop(0, k // run, run_blocks, state)
-    return Compensated(state.codes_kn, state.grid, state.loss_n, state.moved_n)
+    def run_blocks(self, index: jax.Array, state: _State) -> _State:
+        """Quantizes a run of blocks, one after the other."""
+        before = self.past(index * self.run, self.run, state)
+        return jax.lax.fori_loop(0, self.run // self.block, functools.partial(self.run_block, before=before), state)
 
 
 def solver_block(k: int, rows: int) -> int:
