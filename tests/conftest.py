@@ -24,6 +24,16 @@ hypothesis.settings.register_profile("compiling", deadline=None)
 hypothesis.settings.load_profile("compiling")
 
 
+_MAPS = Path("/proc/self/maps")
+_MOST_MAPS = 25_000
+
+
+def pytest_runtest_teardown() -> None:
+    """A process of Linux has 65,530 mappings of memory. A compiled program takes several, and LLVM aborts where none is left."""
+    if _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > _MOST_MAPS:
+        jax.clear_caches()
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return tiny.folder(tmp_path / "model")
