@@ -46,6 +46,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "plain gptq, order group": PLAIN,
     "plain gptq, order static": PLAIN | {"order": "static"},
     "plain gptq, order desc_act": PLAIN | {"order": "desc_act"},
+    "fast, order static": {"preset": "fast", "order": "static"},
     "fast, scale mse": {"preset": "fast", "scale": "mse"},
     "fast, refit": {"preset": "fast", "refit": True},
     "fast, refine 3": {"preset": "fast", "refine": 3},
@@ -53,6 +54,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "gptaq": {"method": "gptaq"},
     "gptaq, alpha 0.25": {"method": "gptaq", "target_shift": 0.25},
     "qronos": {"method": "qronos"},
+    "balanced, order static": {"order": "static"},
     "balanced, no residual": {"residual_shift": 0.0},
     "balanced, half shift": {"target_shift": 0.5, "residual_shift": 0.5},
     "balanced, refit": {"refit": True},
@@ -140,16 +142,24 @@ def mean_ratio(formats: list[dict[str, Any]], option: str) -> str:
 
 def tables(found: dict[str, Any]) -> str:
     """Markdown: what every option leaves of GPTQModel's best at each width, and the excess of every cell."""
+
+    def measured_anywhere(option: str) -> bool:
+        return any(option in cells["ours"] for cells in found.values())
+
     wide = {bits: [cells for key, cells in found.items() if f"{bits} bit" in key] for bits in (4, 3, 2)}
     lines = ["| option | 4 bit | 3 bit | 2 bit |", "|---|---|---|---|"]
-    lines += [f"| {option} | " + " | ".join(mean_ratio(wide[bits], option) for bits in wide) + " |" for option in OPTIONS]
+    lines += [
+        f"| {option} | " + " | ".join(mean_ratio(wide[bits], option) for bits in wide) + " |"
+        for option in OPTIONS
+        if measured_anywhere(option)
+    ]
     for model in dict.fromkeys(key.split(" bit")[0].rsplit(", ", 1)[0] for key in found):
         order = [f"{model}, {bits} bit {grid}" for bits in wide for grid in ("sym", "asym")]
         keys = [key for key in order if key in found]
         heads = [key.removeprefix(model + ", ") for key in keys]
         lines += ["", f"{model}: excess log-perplexity over float, in thousandths", "", f"| | {' | '.join(heads)} |"]
         lines += ["|---" * (len(keys) + 1) + "|"]
-        for side, names in (("gptqmodel", list(PEERS)), ("ours", list(OPTIONS))):
+        for side, names in (("gptqmodel", list(PEERS)), ("ours", list(filter(measured_anywhere, OPTIONS)))):
             for name in names:
                 values = [found[key][side][name]["excess"] * 1000 if name in found[key][side] else None for key in keys]
                 row = " | ".join("" if value is None else f"{value:.1f}" for value in values)
