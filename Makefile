@@ -29,7 +29,7 @@ lint: .venv/tools
 	$(BIN)/lint-imports
 
 check: .venv/tools
-	$(BIN)/pytest --numprocesses 2 --dist worksteal --max-worker-restart 0 --ignore=tests/interop
+	$(BIN)/pytest --numprocesses 2 --dist worksteal --max-worker-restart 0 --durations 15 --ignore=tests/interop
 
 # What users install, imported from another directory, with its embedded model.
 wheel: .venv/tools
