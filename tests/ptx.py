@@ -58,9 +58,8 @@ def _convert(dtype: Any) -> Callable[[int, int], int]:
 
 
 def _fma(a: int, b: int, c: int) -> int:
-    return _bits(
-        np.float32(float(_float(a)) * float(_float(b)) + float(_float(c)))
-    )  # the product of two float32 is exact in float64
+    """The product of two float32 is exact in float64, and the sum is rounded there before it is rounded here."""
+    return _bits(np.float32(float(_float(a)) * float(_float(b)) + float(_float(c))))
 
 
 OPERATIONS: dict[str, Callable[..., int]] = {
