@@ -35,7 +35,6 @@ from common import circumstances, write_result
 
 from jgptq.config import QuantizeConfig
 from jgptq.solver import Prepared, Solution, judge_columns, output_loss, prepare, solve_columns
-from jgptq.solver.cholesky import damped_factor
 from jgptq.solver.compensate import solver_block
 from jgptq.solving import tile_columns
 
@@ -134,8 +133,7 @@ def floors(k: int, n: int, speed: dict[str, float]) -> dict[str, dict[str, float
     block = solver_block(k, GROUP)
     inside = k * n * (block + _STEP)  # a step of 32 rows multiplies with the whole block, and a row with its step
     parts = {
-        "ordering": {"bytes": 4.0 * k * k},
-        "factorization": {"multiply_adds": float(factor_multiply_adds(k))},
+        "ordering and factorization": {"bytes": 4.0 * k * k, "multiply_adds": float(factor_multiply_adds(k))},
         "loop": {"multiply_adds": float(k * (k - block) // 2 * n + inside)},
         "loss of round-to-nearest": {"multiply_adds": 0.5 * k * k * n},
     }
@@ -244,12 +242,9 @@ def _loss(problem: Problem, values_kn: np.ndarray) -> float:
 def _parts(problem: Problem, config: QuantizeConfig, entries: list[dict[str, Any]], speed: dict[str, float]) -> dict[str, Any]:
     """Seconds of each part, medians."""
     h_kk, w_kn = jnp.asarray(problem.h_kk), jnp.asarray(problem.w_kn)
-    order_k = jnp.asarray(np.random.default_rng(0).permutation(h_kk.shape[0]))
-    ordered = jax.jit(lambda h_kk, order_k: h_kk[order_k[:, None], order_k[None, :]])
-    factored, lost = jax.jit(damped_factor, static_argnums=1), jax.jit(output_loss)
+    lost = jax.jit(output_loss)
     seconds = {
-        "ordering": _median_seconds(lambda: ordered(h_kk, order_k), len(entries)),
-        "factorization": _median_seconds(lambda: factored(h_kk, config.damping), len(entries)),
+        "ordering and factorization": statistics.median(entry["jgptq"]["prepare"] for entry in entries),
         "loss of round-to-nearest": _median_seconds(lambda: lost(w_kn, h_kk), len(entries)),
         "loop": statistics.median(entry["jgptq"]["solve_columns"] for entry in entries),
     }
@@ -269,7 +264,7 @@ def compile_times(shapes: dict[tuple[int, int], int]) -> list[dict[str, Any]]:
         columns = tile_columns((n,))
         jax.clear_caches()
         h_kk, w_kn = jax.ShapeDtypeStruct((k, k), jnp.float32), jax.ShapeDtypeStruct((k, columns), jnp.float32)
-        first = timed(lambda h=h_kk, c=config: prepare.lower(h, c).compile())
+        first = timed(lambda h=h_kk, c=config: jax.jit(prepare, static_argnums=1).lower(h, c).compile())
         prepared = jax.eval_shape(lambda h, c=config: prepare(h, c), h_kk)
         second = timed(lambda w=w_kn, p=prepared, c=config: solve_columns.lower(w, p, c).compile())
         entry = {"k": k, "n": n, "group_size": group, "prepare": first.seconds, "solve_columns": second.seconds}
@@ -308,9 +303,9 @@ def _show_round(k: int, n: int, number: int, entry: dict[str, Any]) -> None:
 
 
 def _show_parts(parts: dict[str, Any]) -> None:
-    print(f"{'part':26}{'seconds':>10}{'floor':>10}{'of floor':>10}")
+    print(f"{'part':28}{'seconds':>10}{'floor':>10}{'of floor':>10}")
     for name, part in parts.items():
-        print(f"{name:26}{part['seconds']:10.2f}{part['floor_seconds']:10.2f}{part['seconds'] / part['floor_seconds']:10.2f}")
+        print(f"{name:28}{part['seconds']:10.2f}{part['floor_seconds']:10.2f}{part['seconds'] / part['floor_seconds']:10.2f}")
 
 
 def main() -> None:

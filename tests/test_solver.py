@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import oracles
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from jgptq.config import QuantizeConfig
 from jgptq.errors import ConfigError
-from jgptq.solver import Outcome, prepare, round_to_nearest, solve, solve_columns, triangular
+from jgptq.solver import Outcome, round_to_nearest, solve, triangular
 from jgptq.solver.cholesky import damped_factor
 from jgptq.solver.compensate import solver_block
 from jgptq.solver.grid import minmax_grid
@@ -115,10 +116,22 @@ def test_wide_solve_equals_separate_solves(problem):
 
 def test_second_matrix_of_a_shape_compiles_nothing(problem):
     w_kn, h_kk = problem
-    solved(problem, bits=4, group_size=64)
-    before = prepare._cache_size(), solve_columns._cache_size()
-    solve(jnp.asarray(w_kn * 2), jnp.asarray(h_kk * 3), QuantizeConfig(bits=4, group_size=64, scale="minmax"))
-    assert (prepare._cache_size(), solve_columns._cache_size()) == before
+    other, config = (jnp.asarray(w_kn * 2), jnp.asarray(h_kk * 3)), QuantizeConfig(bits=4, group_size=64, scale="minmax")
+    counts, events = [], []
+
+    def saw(event: str, _: float, **__: object) -> None:
+        events.append(event)
+
+    jax.clear_caches()
+    jax.monitoring.register_event_duration_secs_listener(saw)
+    try:
+        for run in (lambda: solved(problem, bits=4, group_size=64), lambda: solve(*other, config)):
+            run()
+            counts.append(events.count("/jax/core/compile/backend_compile_duration"))
+    finally:
+        jax.monitoring.unregister_event_duration_listener(saw)
+    assert counts[0] > 0
+    assert counts[1] == counts[0]
 
 
 @settings(max_examples=30)
@@ -169,7 +182,7 @@ def test_hessian_of_bfloat16_activations_is_accumulated_in_float32():
 def test_damping_raises_itself_until_the_factor_is_finite():
     bad = np.diag(np.r_[np.ones(63), 1e-3]).astype(np.float32)
     bad[62, 63] = bad[63, 62] = 0.1  # eigenvalue below zero: no damping of 0.001 helps, one of 0.01 does
-    factor = damped_factor(jnp.asarray(bad), 0.001)
+    factor = damped_factor(jnp.asarray(bad), 0.001, jnp.arange(64))
     assert bool(factor.finite)
     assert float(factor.damping) == pytest.approx(0.01)
     solution = solve(jnp.ones((64, 32)), jnp.asarray(bad), QuantizeConfig(group_size=32, damping=0.001))

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jgptq.notation import Bool, Float
+from jgptq.notation import Bool, Float, Int
+from jgptq.solver.order import in_sequence
 from jgptq.solver.triangular import upper_factor
 
 DAMPING_STEP = 10.0
@@ -53,8 +54,8 @@ def added_damping(diag_k: Float[jax.Array, " K"], damping: Float[jax.Array, ""])
     return damping.astype(diag_k.dtype) * jnp.where(mean > 0, mean, 1.0)
 
 
-def damped_factor(h_kk: Float[jax.Array, "K K"], damping: float) -> Factor:
-    """Factors `H + lambda mean(diag H) I = R^T R`, R upper triangular, raising lambda until the factor is finite.
+def damped_factor(h_kk: Float[jax.Array, "K K"], damping: float, rows_k: Int[jax.Array, " K"]) -> Factor:
+    """Factors `P (H + lambda mean(diag H) I) P^T = R^T R`, R upper triangular, raising lambda until the factor is finite.
 
     Rows of K that no token touched are zeros in H: left with the damping alone, they neither give nor take any compensation, and
     the mean is that of the others. Lambda starts at `damping` and is multiplied by 10 up to at most 1; all inside jit.
@@ -62,20 +63,25 @@ def damped_factor(h_kk: Float[jax.Array, "K K"], damping: float) -> Factor:
     Args:
       h_kk: float `[K, K]`, symmetric, finite.
       damping: the first lambda.
+      rows_k: the permutation P, as the rows of H in the sequence in which they are factored.
 
     Returns:
       The factor, the lambda it needed, and whether it is finite.
     """
-
+    k = h_kk.shape[0]
     diag_k = diagonal(h_kk)
 
     def attempt(added: jax.Array, _: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-        r_kk = upper_factor(h_kk, added)
-        return r_kk, jnp.all(jnp.isfinite(diagonal(r_kk)))  # one root that does not exist leaves NaN everywhere
+        # Every attempt orders H anew. Without the barrier XLA does so once and keeps the copy beside the factor.
+        source_kk, source_k, added = jax.lax.optimization_barrier((h_kk, rows_k, added))
+        r_kk = upper_factor(in_sequence(source_kk, source_k), added)
+        finite = jnp.all(jnp.isfinite(diagonal(r_kk)))  # one root that does not exist leaves NaN everywhere
+        return r_kk.reshape(-1), finite  # flat: a matrix would go through the loop transposed, and be copied back and forth
 
     first = jnp.float32(damping)
-    r_kk, finite = attempt(added_damping(diag_k, first))
-    return raised_until_finite(attempt, Factor(r_kk, first, finite), diag_k, damping)
+    flat, finite = attempt(added_damping(diag_k, first))
+    factor = raised_until_finite(attempt, Factor(flat, first, finite), diag_k, damping)
+    return factor._replace(kk=factor.kk.reshape(k, k))
 
 
 def raised_until_finite(

@@ -52,3 +52,8 @@ def row_order(order: Order, diag_k: Float[jax.Array, " K"], rows: int) -> RowOrd
 def inverse_permutation(order_k: Int[jax.Array, " K"]) -> Int[jax.Array, " K"]:
     """The permutation that undoes one: `inverse[order[i]] == i`."""
     return jnp.zeros_like(order_k).at[order_k].set(jnp.arange(order_k.shape[0], dtype=order_k.dtype))
+
+
+def in_sequence(a_kk: Float[jax.Array, "K K"], rows_k: Int[jax.Array, " K"]) -> Float[jax.Array, "K K"]:
+    """Rows and columns of a matrix over K, put into a sequence."""
+    return a_kk[rows_k[:, None], rows_k[None, :]]

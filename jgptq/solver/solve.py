@@ -18,11 +18,11 @@ from jgptq.solver.cholesky import (
 )
 from jgptq.solver.compensate import Compensated, Rows, compensate, solver_block
 from jgptq.solver.grid import search_grid
-from jgptq.solver.order import RowOrder, inverse_permutation, row_order
+from jgptq.solver.order import RowOrder, in_sequence, inverse_permutation, row_order
 from jgptq.solver.outcome import Outcome
 from jgptq.solver.refine import SWEEPS, Refined, refine
 from jgptq.solver.solution import Solution, diagnose, output_loss, round_to_nearest, undamped_loss
-from jgptq.solver.target import gptaq_drift, in_sequence, qronos_start, shifted_target
+from jgptq.solver.target import gptaq_drift, qronos_start, shifted_target
 from jgptq.solver.triangular import backwards, inverse_product, inverse_transposed
 
 
@@ -38,12 +38,11 @@ class Prepared(NamedTuple):
     outcome: Int[jax.Array, ""]  # an `Outcome`
 
 
-@functools.partial(jax.jit, static_argnames="config")
 def prepare(h_kk: Float[jax.Array, "K K"], config: QuantizeConfig, drift_kk: Float[jax.Array, "K K"] | None = None) -> Prepared:
     """Orders the rows of K and factors the damped Hessian once for all columns.
 
     Args:
-      h_kk: `[K, K]`, the Hessian of `jgptq.solver.hessian`.
+      h_kk: `[K, K]`, the Hessian of `jgptq.solver.hessian`; it is kept, not copied.
       config: group size, method, order, damping, float64.
       drift_kk: `2/T X^T (X_f - X)` for the shift of targets and the asymmetric methods; None solves without.
 
@@ -54,24 +53,44 @@ def prepare(h_kk: Float[jax.Array, "K K"], config: QuantizeConfig, drift_kk: Flo
       ValueError: a Hessian that is not square, or a drift of another shape.
       ConfigError: float64 is asked for where jax computes in float32 alone.
     """
-    k = checked_size(h_kk, drift_kk)
+    checked_size(h_kk, drift_kk)
     h_kk = h_kk.astype(solver_dtype(config))
+    if config.method == "rtn":
+        drift_kk = None
+    if drift_kk is not None:
+        drift_kk = drift_kk.astype(h_kk.dtype)
+    found = _factored(h_kk, drift_kk, config)
+    return Prepared(h_kk, found.r_kk, found.u_cbb, drift_kk, found.order, found.damping, found.outcome)
+
+
+class _Factored(NamedTuple):
+    """What is computed of a `Prepared`: the rest of it goes through no program, which would copy it."""
+
+    r_kk: jax.Array | None
+    u_cbb: jax.Array | None
+    order: RowOrder
+    damping: jax.Array
+    outcome: jax.Array
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _factored(h_kk: jax.Array, drift_kk: jax.Array | None, config: QuantizeConfig) -> _Factored:
+    k = h_kk.shape[0]
     rows = group_rows(k, config.group_size)
     diag_k = diagonal(h_kk)
     finite, symmetric = examined(h_kk)
     if config.method == "rtn":
         order = row_order("none", diag_k, rows)
         outcome = jnp.where(finite, Outcome.ROUNDED, Outcome.NONFINITE_HESSIAN)
-        return Prepared(h_kk, None, None, None, order, jnp.float32(0), outcome)
+        return _Factored(None, None, order, jnp.float32(0), outcome)
     order = row_order(config.order, diag_k, rows)
-    factor = damped_factor(in_sequence(h_kk, order.rows_k[::-1]), config.damping)
+    factor = damped_factor(h_kk, config.damping, order.rows_k[::-1])
     if drift_kk is not None:
-        drift_kk = drift_kk.astype(h_kk.dtype)
         finite = finite & all_finite(drift_kk)
     outcome = factor_outcome(factor, diag_k, config, finite=finite, symmetric=symmetric)
     r_cbb = diagonal_blocks(factor.kk, solver_block(k, rows))
     u_cbb = inverse_transposed(r_cbb[::-1, ::-1, ::-1])
-    return Prepared(h_kk, factor.kk, u_cbb, drift_kk, order, factor.damping, outcome)
+    return _Factored(factor.kk, u_cbb, order, factor.damping, outcome)
 
 
 @functools.partial(jax.jit, static_argnames="config")

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jgptq.notation import Float, Int
+from jgptq.notation import Float
 from jgptq.solver import triangular
 from jgptq.solver.triangular import product
 
@@ -93,8 +93,3 @@ def qronos_start(
     one_k1 = jnp.zeros((w_kn.shape[0], 1), w_kn.dtype).at[0].set(1.0)
     u_k1 = triangular.solve(l_kk, one_k1)  # the first row of U
     return target_kn - u_k1 * ((target_kn[0] - first_n) / u_k1[0])[None]
-
-
-def in_sequence(a_kk: Float[jax.Array, "K K"], rows_k: Int[jax.Array, " K"]) -> Float[jax.Array, "K K"]:
-    """Rows and columns of a matrix over K, put into a sequence."""
-    return a_kk[rows_k[:, None], rows_k[None, :]]

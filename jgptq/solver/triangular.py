@@ -8,6 +8,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from jgptq.notation import Float
 
@@ -23,7 +24,8 @@ def upper_factor(h_kk: Float[jax.Array, "K K"], added: Float[jax.Array, ""]) -> 
       Upper triangular R; not finite where the sum is not positive definite.
     """
     at_k = jnp.arange(h_kk.shape[0])
-    return jnp.linalg.cholesky(h_kk.at[at_k, at_k].add(added).T, symmetrize_input=False).T
+    columns_first_kk = with_layout_constraint(h_kk.at[at_k, at_k].add(added).T, Layout(major_to_minor=(1, 0)))
+    return jnp.linalg.cholesky(columns_first_kk, symmetrize_input=False).T
 
 
 def lower_factor(h_kk: Float[jax.Array, "K K"], added: Float[jax.Array, ""]) -> Float[jax.Array, "K K"]:
