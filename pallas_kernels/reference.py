@@ -1,8 +1,5 @@
 """The kernels' operations in plain JAX: their oracle, and what a machine without a GPU runs."""
 
-import functools
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 
@@ -59,45 +56,3 @@ def int4_matmul(
     """
     w_kn = dequantize(qweight, scales, zeros, bits=bits, group_size=group_size, order=order).astype(x.dtype)
     return jnp.matmul(x, w_kn, preferred_element_type=jnp.float32).astype(x.dtype)
-
-
-class BlockResult(NamedTuple):
-    """What `gptq_block` finds for R rows and N columns."""
-
-    codes_rn: jax.Array  # uint8 [R, N], unsigned codes
-    error_rn: jax.Array  # [R, N], (w - dequantized) / u_kk, to be spread over the rows that follow
-    turn_rn: jax.Array  # [R, N], each row as it was when its turn came; [0, N] without a drift
-
-
-def gptq_block(
-    w_rn: jax.Array,
-    u_rr: jax.Array,
-    scale_rn: jax.Array,
-    zero_rn: jax.Array,
-    drift_rr: jax.Array | None = None,
-    *,
-    bits: int,
-) -> BlockResult:
-    """The steps of `pallas_kernels.gptq_block`, whose arguments and result these are; of any float dtype and any R.
-
-    Each row's update is one product with all errors so far, those of rows yet to come being zero.
-    """
-    product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-    shared = scale_rn.shape[0] == 1
-
-    def step(k: jax.Array, carry: BlockResult) -> BlockResult:
-        # Rows that are yet to come hold a zero error, so that the whole column of U may be used.
-        w_n = w_rn[k] - product(u_rr[:, k], carry.error_rn)
-        if drift_rr is not None:
-            w_n = w_n + product(drift_rr[:, k], carry.turn_rn)
-        scale_n, zero_n = (part[0] if shared else part[k] for part in (scale_rn, zero_rn))
-        code_n = jnp.clip(jnp.round(w_n / scale_n) + zero_n, 0, 2**bits - 1)
-        error_n = (w_n - scale_n * (code_n - zero_n)) / u_rr[k, k]
-        put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=k, axis=0)
-        turn_rn = carry.turn_rn if drift_rr is None else put(carry.turn_rn, w_n)
-        return BlockResult(put(carry.codes_rn, code_n.astype(jnp.uint8)), put(carry.error_rn, error_n), turn_rn)
-
-    # Without a drift nobody reads the rows of the turn, and none are kept.
-    turn_rn = jnp.zeros(w_rn.shape if drift_rr is not None else (0, w_rn.shape[1]), w_rn.dtype)
-    start = BlockResult(jnp.zeros(w_rn.shape, jnp.uint8), jnp.zeros(w_rn.shape, w_rn.dtype), turn_rn)
-    return jax.lax.fori_loop(0, w_rn.shape[0], step, start)

@@ -1,13 +1,16 @@
 """The assembly of the Triton kernels, run instruction by instruction: what interpret mode replaces with plain arithmetic."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import ptx
 import pytest
 
+from jgptq.solver.grid import search_grid
 from pallas_kernels import int4_decode
 from pallas_kernels.assembly import gpu
 from pallas_kernels.gptq_block import _quotient, _rounded
+from pallas_kernels.gptq_plain import PLAIN, Arithmetic
 
 
 @pytest.fixture(autouse=True)
@@ -44,6 +47,20 @@ def test_single_operations_take_their_operands_in_order():
     a, b, c = (random.standard_normal((4, 8), np.float32) for _ in range(3))
     exact = a.astype(np.float64) * b + c
     np.testing.assert_array_equal(int4_decode._fused(a, b, c, interpret=False), exact.astype(np.float32))
-    np.testing.assert_array_equal(_quotient(a, b, exact=False), a / b)
+    np.testing.assert_array_equal(_quotient(a, b), a / b)
     halves = np.arange(-8, 8, dtype=np.float32)[None] + np.float32(0.5)
-    np.testing.assert_array_equal(_rounded(halves, exact=False), np.asarray(jnp.round(halves)))
+    np.testing.assert_array_equal(_rounded(halves), np.asarray(jnp.round(halves)))
+
+
+@pytest.mark.parametrize("scale", ["minmax", "mse", "hessian"])
+@pytest.mark.parametrize("sym", [True, False])
+def test_the_search_of_grids_in_assembly_finds_what_plain_arithmetic_finds(sym: bool, scale: str):
+    random = np.random.default_rng(2)
+    w_rn, weight_r = (jnp.asarray(part, jnp.float32) for part in (random.standard_normal((32, 3)), random.lognormal(size=32)))
+    with jax.disable_jit():  # assembly runs on numbers
+        of_kernel, plain = (
+            search_grid(w_rn, weight_r, bits=3, sym=sym, scale=scale, arithmetic=arithmetic)
+            for arithmetic in (Arithmetic(_quotient, _rounded), PLAIN)
+        )
+    np.testing.assert_array_equal(of_kernel.scale_n, plain.scale_n)
+    np.testing.assert_array_equal(of_kernel.zero_n, plain.zero_n)

@@ -7,7 +7,8 @@ import pytest
 
 from jgptq.config import QuantizeConfig
 from jgptq.solver import compensate, prepare, solve_columns
-from pallas_kernels import gptq_block
+from jgptq.solver.grid import search_grid
+from pallas_kernels import Given, Searched, gptq_block
 
 
 def problem(rows: int, n: int, *, shared: bool, drifts: bool, exact: bool, seed: int = 0) -> tuple:
@@ -24,7 +25,16 @@ def problem(rows: int, n: int, *, shared: bool, drifts: bool, exact: bool, seed:
         scale_rn = random.uniform(0.1, 0.3, (1 if shared else rows, n))
     zero_rn = random.integers(0, 16, scale_rn.shape)
     drift_rr = np.triu(u_rr, 1) * 0.5 if drifts else None
-    return tuple(None if part is None else jnp.asarray(part, jnp.float32) for part in (w_rn, u_rr, scale_rn, zero_rn, drift_rr))
+    w_rn, u_rr, scale_rn, zero_rn = (jnp.asarray(part, jnp.float32) for part in (w_rn, u_rr, scale_rn, zero_rn))
+    return w_rn, u_rr, Given(scale_rn, zero_rn), None if drift_rr is None else jnp.asarray(drift_rr, jnp.float32)
+
+
+def searched(rows: int, of_group: int, **settings: object) -> Searched:
+    """Grids of a block that are found on the way, with the solver's search."""
+    weight_r = jnp.asarray(np.random.default_rng(rows).lognormal(size=rows), jnp.float32)
+    return Searched(
+        weight_r, of_group, lambda w_rn, weight_r, arithmetic: search_grid(w_rn, weight_r, arithmetic=arithmetic, **settings)
+    )
 
 
 @pytest.mark.parametrize(("rows", "n", "shared", "drifts"), [(32, 40, True, False), (64, 16, False, True), (128, 16, True, True)])
@@ -40,7 +50,8 @@ def test_codes_are_bit_identical_where_sums_are_exact(rows, n, shared, drifts):
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize(
-    ("rows", "n", "shared", "drifts"), [(32, 40, True, False), (64, 16, False, True), (128, 16, True, False)]
+    ("rows", "n", "shared", "drifts"),
+    [(32, 40, True, False), (64, 16, False, True), (96, 16, True, True), (128, 16, True, False)],
 )
 def test_the_kernel_takes_the_steps_of_plain_jax(rows, n, shared, drifts, bits):
     block = problem(rows, n, shared=shared, drifts=drifts, exact=False)
@@ -53,12 +64,50 @@ def test_the_kernel_takes_the_steps_of_plain_jax(rows, n, shared, drifts, bits):
     np.testing.assert_allclose(found.turn_rn[:, same], expected.turn_rn[:, same], atol=2e-4)
 
 
-def test_the_kernel_follows_the_published_loop():
-    w, u, scale, zero, drift = (
-        None if part is None else np.asarray(part, np.float64)
-        for part in problem(32, 16, shared=False, drifts=True, exact=False, seed=3)
+@pytest.mark.parametrize(
+    ("rows", "of_group", "n", "drifts", "settings"),
+    [
+        (128, 128, 16, False, {"bits": 4, "sym": True, "scale": "hessian"}),
+        (128, 32, 40, True, {"bits": 3, "sym": False, "scale": "mse"}),
+        (96, 32, 16, False, {"bits": 4, "sym": False, "scale": "minmax"}),
+        (64, 64, 16, True, {"bits": 2, "sym": True, "scale": "hessian"}),
+    ],
+)
+def test_the_kernel_finds_the_grids_of_plain_jax(rows, of_group, n, drifts, settings):
+    w_rn, u_rr, _, drift_rr = problem(rows, n, shared=True, drifts=drifts, exact=False)
+    grids = searched(rows, of_group, **settings)
+    found, expected = (
+        gptq_block(w_rn, u_rr, grids, drift_rr, bits=settings["bits"], backend=backend) for backend in ("interpret", "jax")
     )
+    assert found.scale_gn.shape == found.zero_gn.shape == (rows // of_group, n)
+    # The first group is searched before anything is added, so that only the sum of its errors may be rounded otherwise.
+    assert np.mean(np.asarray(found.scale_gn[0]) == np.asarray(expected.scale_gn[0])) > 0.9
+    same = np.all(np.asarray(found.codes_rn) == np.asarray(expected.codes_rn), axis=0)
+    assert np.mean(same) > 0.9
+    np.testing.assert_allclose(found.scale_gn[:, same], expected.scale_gn[:, same], rtol=2e-3)
+    np.testing.assert_array_equal(found.zero_gn[:, same], expected.zero_gn[:, same])
+    np.testing.assert_allclose(found.error_rn[:, same], expected.error_rn[:, same], atol=2e-3)
+
+
+@pytest.mark.parametrize("backend", ["interpret", "jax"])
+def test_a_group_is_given_its_grid_when_its_turn_comes(backend):
+    w_rn, u_rr, _, _ = problem(128, 16, shared=True, drifts=False, exact=False, seed=5)
+    settings = {"bits": 4, "sym": False, "scale": "hessian"}
+    grids = searched(128, 32, **settings)
+    found = gptq_block(w_rn, u_rr, grids, bits=4, backend=backend)
+    rows, u = np.asarray(w_rn, np.float64), np.asarray(u_rr, np.float64)
+    for start in range(0, 128, 32):
+        group = jnp.asarray(rows[start : start + 32], jnp.float32)
+        expected = search_grid(group, grids.weight_r[start : start + 32], **settings)
+        at = start // 32
+        assert np.mean(np.asarray(found.scale_gn[at]) == np.asarray(expected.scale_n)) > 0.8
+        for k in range(start, start + 32):
+            rows[k + 1 :] -= u[k, k + 1 :, None] * np.asarray(found.error_rn[k], np.float64)
+
+
+def test_the_kernel_follows_the_published_loop():
     block = problem(32, 16, shared=False, drifts=True, exact=False, seed=3)
+    w, u, scale, zero, drift = (np.asarray(part, np.float64) for part in (*block[:2], *block[2], block[3]))
     found = gptq_block(*block, bits=4, backend="interpret")
     rows = w.copy()
     for k in range(32):
@@ -71,13 +120,18 @@ def test_the_kernel_follows_the_published_loop():
 
 
 def test_shapes_that_do_not_agree_are_named():
-    w, u, scale, zero, _ = problem(32, 16, shared=True, drifts=False, exact=False)
+    w, u, grids, _ = problem(32, 16, shared=True, drifts=False, exact=False)
     with pytest.raises(ValueError, match=r"u must be \[32, 32\] for w \[32, 16\], found \[31, 32\]"):
-        gptq_block(w, u[1:], scale, zero, bits=4)
+        gptq_block(w, u[1:], grids, bits=4)
     with pytest.raises(ValueError, match=r"scale must be \[32, 16\] or \[1, 16\] for w \[32, 16\], found \[1, 8\]"):
-        gptq_block(w, u, scale[:, :8], zero, bits=4)
-    with pytest.raises(ValueError, match=r"takes float32 and .* rows, found float32 and 96"):
-        gptq_block(*problem(96, 16, shared=True, drifts=False, exact=False)[:4], bits=4, backend="interpret")
+        gptq_block(w, u, grids._replace(scale_rn=grids.scale_rn[:, :8]), bits=4)
+    minmax = searched(32, 32, bits=4, sym=True, scale="minmax")
+    with pytest.raises(ValueError, match=r"weight must be \[32\] for w \[32, 16\], found \[31\]"):
+        gptq_block(w, u, minmax._replace(weight_r=minmax.weight_r[1:]), bits=4)
+    with pytest.raises(ValueError, match=r"rows in a group must be a multiple of 32 that divides 32, found 16"):
+        gptq_block(w, u, minmax._replace(rows=16), bits=4)
+    with pytest.raises(ValueError, match=r"takes float32 and up to 128 rows, found float32 and 160"):
+        gptq_block(*problem(160, 16, shared=True, drifts=False, exact=False)[:3], bits=4, backend="interpret")
 
 
 @pytest.mark.parametrize(
@@ -102,11 +156,10 @@ def test_the_solver_finds_its_codes_with_the_kernel(settings, monkeypatch):
         return gptq_block(*operands, bits=bits, backend="interpret")
 
     jax.clear_caches()  # programs that were traced with plain JAX
-    monkeypatch.setattr(compensate, "resolve", lambda backend: "triton")
     monkeypatch.setattr(compensate, "gptq_block", interpreted)
     found = solve_columns(w_kn, prepare(h_kk, config, drift_kk), config)
     jax.clear_caches()
-    assert launches == [min(128, config.group_size)]
+    assert launches == [128]
     same = np.all(np.asarray(found.codes_kn) == np.asarray(expected.codes_kn), axis=0)
     assert np.mean(same) >= 0.8
     np.testing.assert_allclose(found.loss_n, expected.loss_n, rtol=0.1)

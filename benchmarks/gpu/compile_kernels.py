@@ -25,8 +25,11 @@ import jax
 import jax.numpy as jnp
 from common import RESULTS, circumstances, write_result
 
-from pallas_kernels import int4_decode, int4_mosaic
+from jgptq.config import Scale
+from jgptq.solver.grid import search_grid
+from pallas_kernels import Given, Searched, int4_decode, int4_mosaic
 from pallas_kernels.gptq_block import launched
+from pallas_kernels.gptq_plain import Arithmetic
 from pallas_kernels.int4_decode import Tiling
 from pallas_kernels.planes import TILE, Planes
 from pallas_kernels.rows import Rows, RowsKernel
@@ -79,15 +82,29 @@ def mosaic_case(m: int, group: int, dtype: Any, zeros: bool) -> Case:
 
 
 def block_case(rows: int, shared: bool, drifts: bool) -> Case:
-    """The solver's inner loop for 4096 columns."""
+    """The solver's inner loop for 4096 columns, on grids that are given."""
     of_scale = _S((1 if shared else rows, 4096), jnp.float32)
     square = _S((rows, rows), jnp.float32)
     operands = [_S((rows, 4096), jnp.float32), square, of_scale, of_scale, *([square] if drifts else [])]
 
-    def function(*given: jax.Array) -> Any:
-        return launched(*given, bits=4, interpret=False)
+    def function(w_rn: jax.Array, u_rr: jax.Array, scale_rn: jax.Array, zero_rn: jax.Array, *drift: jax.Array) -> Any:
+        return launched(w_rn, u_rr, Given(scale_rn, zero_rn), *drift, bits=4, interpret=False)
 
     return Case(f"gptq_block, {rows} rows, shared {shared}, drift {drifts}", function, operands, "gptq_block")
+
+
+def searching_case(of_group: int, sym: bool, scale: Scale, drifts: bool) -> Case:
+    """The same with the solver's search of grids at the start of each group."""
+    square = _S((128, 128), jnp.float32)
+    operands = [_S((128, 4096), jnp.float32), square, _S((128,), jnp.float32), *([square] if drifts else [])]
+
+    def search(w_rn: jax.Array, weight_r: jax.Array, arithmetic: Arithmetic) -> Any:
+        return search_grid(w_rn, weight_r, bits=4, sym=sym, scale=scale, arithmetic=arithmetic)
+
+    def function(w_rn: jax.Array, u_rr: jax.Array, weight_r: jax.Array, *drift: jax.Array) -> Any:
+        return launched(w_rn, u_rr, Searched(weight_r, of_group, search), *drift, bits=4, interpret=False)
+
+    return Case(f"gptq_block, groups of {of_group}, sym {sym}, scale {scale}, drift {drifts}", function, operands, "gptq_block")
 
 
 def cases() -> Iterator[Case]:
@@ -127,6 +144,13 @@ def cases() -> Iterator[Case]:
         (64, True, False),
     ):
         yield block_case(rows, shared, drifts)
+    for of_group, sym, scale, drifts in (
+        (128, True, "hessian", False),
+        (32, False, "hessian", True),
+        (64, True, "mse", False),
+        (32, True, "minmax", False),
+    ):
+        yield searching_case(of_group, sym, scale, drifts)
     for key, tiling in table().items():
         _, _, k, n, group, bits, dtype, bucket = key.split(" | ")
         layout = Planes(k=int(k), n=int(n), bits=int(bits), group_size=int(group))

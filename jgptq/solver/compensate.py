@@ -12,9 +12,8 @@ from jgptq.config import ROW_MULTIPLE, QuantizeConfig
 from jgptq.notation import Float, Int, UInt8
 from jgptq.solver.grid import Grid, search_grid
 from jgptq.solver.triangular import product, transposed
-from pallas_kernels import gptq_block
-from pallas_kernels.device import resolve
-from pallas_kernels.gptq_block import ROWS
+from pallas_kernels import Given, Searched, gptq_block
+from pallas_kernels.gptq_plain import PLAIN, Arithmetic, BlockResult, Search
 
 _MAX_BLOCK = 128
 _MAX_RUN = 4  # blocks
@@ -60,18 +59,7 @@ class _Turn(NamedTuple):
     target_bn: jax.Array  # what its codes are held against: the kernel, moved by a drift
     w_bn: jax.Array  # the same, pulled by what the rows before it lost
     u_bb: jax.Array  # the upper factor of the inverse Hessian given those rows
-    drift_bb: jax.Array | None  # GPTAQ's matrix in this block, transposed
-
-
-class _Block(NamedTuple):
-    """What the loop over the steps of a block carries."""
-
-    error_bn: jax.Array  # rows that are yet to come: zero, here and in the next two
-    points_bn: jax.Array  # grid points
-    turn_bn: jax.Array  # [0, N] without a drift
-    codes_bn: jax.Array  # uint8
-    grid: Grid  # [G, N]
-    loss_n: jax.Array
+    drift_bb: jax.Array | None  # GPTAQ's matrix in this block
 
 
 def compensate(
@@ -93,7 +81,7 @@ def compensate(
     loop's factor `H^-1 = U^T U`. So one triangular factorization serves; the published loop takes three times the work to U.
     What lies before a run of several blocks is multiplied for all its rows at once, for the sake of larger products.
 
-    Inside a block of up to 128 rows errors spread after every few (`solver_step`).
+    Inside a block of up to 128 rows it is `pallas_kernels.gptq_block`.
 
     Args:
       w_kn: `[K, N]`, in the solver's sequence.
@@ -121,7 +109,6 @@ def compensate(
         weight_k=weight_k,
         fixed=fixed,
         rows=rows,
-        step=solver_step(block, rows if fixed is None else block),
         block=block,
         run=block if rows > block else _run_of_blocks(k, block),
         config=config,
@@ -149,7 +136,6 @@ class _Loop:
     weight_k: jax.Array
     fixed: tuple[Grid, jax.Array] | None
     rows: int  # in a group
-    step: int  # rows after which errors spread inside of a block
     block: int
     run: int  # rows of blocks that what lies before them pulls at once
     config: QuantizeConfig
@@ -172,7 +158,7 @@ class _Loop:
         drift_bb = None
         if before.drift_sk is not None and before.drift_sn is not None:
             drift_bk, drift_bn = so_far(before.drift_sk, before.drift_sn, state.turn_kn)
-            drift_bb = jax.lax.dynamic_slice_in_dim(drift_bk, start, self.block, axis=1)
+            drift_bb = jax.lax.dynamic_slice_in_dim(drift_bk, start, self.block, axis=1).T
             target_bn = target_bn + drift_bn
         u_bb = jax.lax.dynamic_index_in_dim(self.u_cbb, start // self.block, keepdims=False)
         pulled_bn = product(transposed(u_bb), so_far(before.l_sk, before.pull_sn, state.w_kn)[1])
@@ -193,68 +179,41 @@ class _Loop:
         group_rn, _ = jax.lax.fori_loop(0, self.rows // self.block, current, (group_rn, state.w_kn))
         return _begin_group(state.grid, group_rn, self.weight_k, start, self.config)
 
-    def pulled(self, at: jax.Array, count: int, done: _Block, begun: _Turn) -> jax.Array:
-        """Rows of a block as those before them leave them."""
-        w_rn = jax.lax.dynamic_slice_in_dim(begun.w_bn, at, count)
-        if count == self.block:
-            return w_rn
-        w_rn = w_rn - product(transposed(jax.lax.dynamic_slice_in_dim(begun.u_bb, at, count, axis=1)), done.error_bn)
-        if begun.drift_bb is not None:
-            w_rn = w_rn + product(jax.lax.dynamic_slice_in_dim(begun.drift_bb, at, count), done.turn_bn)
-        return w_rn
-
-    def grid_of_step(self, at: jax.Array, done: _Block, begun: _Turn, start: jax.Array) -> tuple[Grid, Grid]:
-        """All grids, with that of a group that begins here; and the grids of this step's rows."""
-        grid, row = done.grid, start + at
+    def grids_of_block(self, start: jax.Array, state: _State) -> tuple[Grid, Given | Searched]:
+        """All grids, with that of a wide group that begins here; and those of the block, or how to find them."""
+        grid = state.grid
         if self.fixed is not None:
-            groups_r = jax.lax.dynamic_slice_in_dim(self.fixed[1], row, self.step)
-            return grid, jax.tree.map(lambda part_gn: part_gn[groups_r], grid)
+            groups_b = jax.lax.dynamic_slice_in_dim(self.fixed[1], start, self.block)
+            return grid, Given(*(part_gn[groups_b] for part_gn in grid))
         if self.rows <= self.block:
-
-            def begin_group() -> Grid:
-                return _begin_group(done.grid, self.pulled(at, self.rows, done, begun), self.weight_k, row, self.config)
-
-            grid = jax.lax.cond(row % self.rows == 0, begin_group, lambda: done.grid)
-        return grid, jax.tree.map(lambda part_gn: jax.lax.dynamic_slice_in_dim(part_gn, row // self.rows, 1), grid)
-
-    def run_step(self, index: jax.Array, done: _Block, begun: _Turn, start: jax.Array) -> _Block:
-        """Quantizes a few rows, one after the other."""
-        at = index * self.step
-        grid, of_step = self.grid_of_step(at, done, begun, start)
-        factors = [begun.u_bb] if begun.drift_bb is None else [begun.u_bb, begun.drift_bb.T]
-        corners = [jax.lax.dynamic_slice(factor_bb, (at, at), (self.step, self.step)) for factor_bb in factors]
-        found = gptq_block(self.pulled(at, self.step, done, begun), corners[0], *of_step, *corners[1:], bits=self.config.bits)
-        put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=at, axis=0)
-        points_rn = of_step.scale_n * (found.codes_rn.astype(found.error_rn.dtype) - of_step.zero_n)
-        return _Block(
-            put(done.error_bn, found.error_rn),
-            put(done.points_bn, points_rn),
-            done.turn_bn if begun.drift_bb is None else put(done.turn_bn, found.turn_rn),
-            put(done.codes_bn, found.codes_rn),
-            grid,
-            done.loss_n + jnp.sum(jnp.square(found.error_rn), axis=0),
-        )
+            weight_b = jax.lax.dynamic_slice_in_dim(self.weight_k, start, self.block)
+            return grid, Searched(weight_b, self.rows, _search_of(self.config))
+        grid = jax.lax.cond(start % self.rows == 0, lambda: self.begin_wide_group(start, state), lambda: grid)
+        return grid, Given(*(jax.lax.dynamic_slice_in_dim(part_gn, start // self.rows, 1) for part_gn in grid))
 
     def run_block(self, index: jax.Array, state: _State, before: _Past) -> _State:
         """Quantizes a block, and keeps what its rows lost for those to come."""
         start = before.start + index * self.block
         begun = self.turn(start, state, before)
-        grid = state.grid
-        if self.fixed is None and self.rows > self.block:
-            grid = jax.lax.cond(start % self.rows == 0, lambda: self.begin_wide_group(start, state), lambda: grid)
-        nothing_bn = jnp.zeros_like(begun.w_bn)
-        turn_bn = nothing_bn if self.drift_rows is not None else nothing_bn[:0]
-        done = _Block(nothing_bn, nothing_bn, turn_bn, nothing_bn.astype(jnp.uint8), grid, state.loss_n)
-        done = jax.lax.fori_loop(0, self.block // self.step, functools.partial(self.run_step, begun=begun, start=start), done)
-        target_bn = begun.target_bn
+        grid, of_block = self.grids_of_block(start, state)
+        found = gptq_block(begun.w_bn, begun.u_bb, of_block, begun.drift_bb, bits=self.config.bits)
+        if isinstance(of_block, Searched):
+            put_grid = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start // self.rows, axis=0)
+            grid = Grid(put_grid(grid.scale_n, found.scale_gn), put_grid(grid.zero_n, found.zero_gn))
+        target_bn, turn_kn = begun.target_bn, state.turn_kn
         put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=0)
-        turn_kn = state.turn_kn
         if begun.drift_bb is not None:
-            target_bn = target_bn + product(begun.drift_bb, done.turn_bn)
-            turn_kn = put(turn_kn, done.turn_bn)
-        moved_bn = target_bn - done.points_bn
-        moved_n = state.moved_n + jnp.sum(jnp.square(moved_bn), axis=0)
-        return _State(put(state.w_kn, moved_bn), turn_kn, put(state.codes_kn, done.codes_bn), done.grid, done.loss_n, moved_n)
+            target_bn = target_bn + product(transposed(begun.drift_bb), found.turn_rn)
+            turn_kn = put(turn_kn, found.turn_rn)
+        moved_bn = target_bn - _points(found)
+        return _State(
+            put(state.w_kn, moved_bn),
+            turn_kn,
+            put(state.codes_kn, found.codes_rn),
+            grid,
+            state.loss_n + jnp.sum(jnp.square(found.error_rn), axis=0),
+            state.moved_n + jnp.sum(jnp.square(moved_bn), axis=0),
+        )
 
     def run_blocks(self, index: jax.Array, state: _State) -> _State:
         """Quantizes a run of blocks, one after the other."""
@@ -266,14 +225,6 @@ def solver_block(k: int, rows: int) -> int:
     """Rows in one lazy block: the largest multiple of 32 up to 128 that divides K and holds whole groups, or lies within one."""
     fits = [b for b in range(ROW_MULTIPLE, _MAX_BLOCK + 1, ROW_MULTIPLE) if k % b == 0 and (b % rows == 0 or rows % b == 0)]
     return max(fits)
-
-
-def solver_step(block: int, rows: int) -> int:
-    """Rows after which errors spread inside of a block: 32 in plain JAX, so that what the inner steps touch stays in a cache; as
-    many as one launch takes for a kernel. They lie in one group, or have grids that were set beforehand."""
-    if resolve("auto") == "jax":
-        return ROW_MULTIPLE
-    return max(size for size in ROWS if block % size == 0 and (rows % size == 0 or rows > block))
 
 
 def _run_of_blocks(k: int, block: int) -> int:
@@ -292,10 +243,26 @@ def _product_over(a_bk: jax.Array, b_kn: jax.Array, start: jax.Array, stop: jax.
     return jax.lax.fori_loop(start // size, stop // size, add, nothing_bn)
 
 
+def _points(found: BlockResult) -> jax.Array:
+    """The grid points that codes stand for."""
+    scale_rn, zero_rn = (
+        jnp.repeat(part_gn, found.codes_rn.shape[0] // part_gn.shape[0], axis=0) for part_gn in (found.scale_gn, found.zero_gn)
+    )
+    return scale_rn * (found.codes_rn.astype(found.error_rn.dtype) - zero_rn)
+
+
+def _search_of(config: QuantizeConfig) -> Search:
+    """How the grid of a group is found."""
+
+    def search(w_rn: jax.Array, weight_r: jax.Array, arithmetic: Arithmetic) -> Grid:
+        return search_grid(w_rn, weight_r, bits=config.bits, sym=config.sym, scale=config.grid_search, arithmetic=arithmetic)
+
+    return search
+
+
 def _begin_group(all_groups: Grid, w_rn: jax.Array, weight_k: jax.Array, row: jax.Array, config: QuantizeConfig) -> Grid:
     """Sets the grid of the group that begins at `row` from its rows as they are now."""
     rows = w_rn.shape[0]
-    weight_r = jax.lax.dynamic_slice_in_dim(weight_k, row, rows)
-    begun = search_grid(w_rn, weight_r, bits=config.bits, sym=config.sym, scale=config.grid_search)
+    begun = _search_of(config)(w_rn, jax.lax.dynamic_slice_in_dim(weight_k, row, rows), PLAIN)
     put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=row // rows, axis=0)
-    return jax.tree.map(put, all_groups, begun)
+    return Grid(*map(put, all_groups, begun))

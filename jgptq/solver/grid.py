@@ -7,10 +7,11 @@ import jax.numpy as jnp
 
 from jgptq.config import Scale
 from jgptq.notation import Float
+from pallas_kernels.gptq_plain import PLAIN, Arithmetic
 
 MSE_EXPONENT = 2.4
-_COARSE = tuple(1.0 - 0.05 * step for step in range(17))
-_FINE = tuple(0.0125 * step for step in (-3, -2, -1, 1, 2, 3))
+_COARSE, _FINE = 20, 80  # parts of the covering range
+_LEAST = 4  # of the coarse parts
 
 
 class Grid(NamedTuple):
@@ -35,7 +36,7 @@ def minmax_grid(w_rn: Float[jax.Array, "*groups R N"], bits: int, sym: bool) -> 
     Returns:
       Scales and zero points `[..., N]`.
     """
-    return _shrunk(*_bounds(w_rn, sym), jnp.ones((), w_rn.dtype), bits, sym)
+    return _shrunk(*_bounds(w_rn, sym), jnp.ones((), w_rn.dtype), bits, sym, PLAIN)
 
 
 def search_grid(
@@ -45,11 +46,12 @@ def search_grid(
     bits: int,
     sym: bool,
     scale: Scale,
+    arithmetic: Arithmetic = PLAIN,
 ) -> Grid:
     """The grid of a group, its range shrunk to where rounding to nearest errs least.
 
     A range that covers every weight spends points on the outliers. Ranges of p times the covering one, p from 1 to 0.2, are
-    tried in steps of 0.05 and then of 0.0125 around the best, and the error measured is `sum_r |w - q|^2.4` ("mse", as in the
+    tried in steps of 1/20 and then of 1/80 around the best, and the error measured is `sum_r |w - q|^2.4` ("mse", as in the
     published implementations) or `sum_r h_r (w - q)^2` ("hessian"), where h is the diagonal of H.
 
     Args:
@@ -58,6 +60,7 @@ def search_grid(
       bits: width of a code.
       sym: whether the grid is symmetric.
       scale: "minmax" (no search), "mse" or "hessian".
+      arithmetic: how to divide and round: kernels trace this function inside of them. Rows of zeros change nothing.
 
     Returns:
       Scales and zero points `[..., N]`.
@@ -65,38 +68,51 @@ def search_grid(
     low_n, high_n = _bounds(w_rn, sym)
     whole_n = jnp.ones_like(high_n)
     if scale == "minmax":
-        return _shrunk(low_n, high_n, whole_n, bits, sym)
+        return _shrunk(low_n, high_n, whole_n, bits, sym, arithmetic)
 
     def error(part_n: jax.Array) -> jax.Array:
-        grid = _shrunk(low_n, high_n, part_n, bits, sym)
-        off_rn = w_rn - grid_points(w_rn, grid, bits)
+        grid = _shrunk(low_n, high_n, part_n, bits, sym, arithmetic)
+        off_rn = w_rn - grid_points(w_rn, grid, bits, arithmetic)
         if scale == "mse" or weight_r is None:
             return jnp.sum(jnp.abs(off_rn) ** MSE_EXPONENT, axis=-2)
         return jnp.sum(weight_r[..., None] * off_rn * off_rn, axis=-2)
 
-    def better(best: tuple[jax.Array, jax.Array], part_n: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
+    def better(best: tuple[jax.Array, jax.Array], part_n: jax.Array) -> tuple[jax.Array, jax.Array]:
         least_n, at_n = best
         error_n = error(part_n)
-        return (jnp.minimum(error_n, least_n), jnp.where(error_n < least_n, part_n, at_n)), None
+        return jnp.minimum(error_n, least_n), jnp.where(error_n < least_n, part_n, at_n)
+
+    def part(step: jax.Array, of: int) -> jax.Array:
+        return arithmetic.divide(jnp.asarray(step, w_rn.dtype) * whole_n, of * whole_n)
+
+    def coarse(step: jax.Array, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        return better(best, part(_COARSE - step, _COARSE))
 
     start = jnp.full_like(high_n, jnp.inf), whole_n
-    coarse = jnp.asarray(_COARSE, w_rn.dtype)
-    best, _ = jax.lax.scan(lambda best, part: better(best, part * whole_n), start, coarse)
-    middle_n = best[1]
-    fine = jnp.asarray(_FINE, w_rn.dtype)
-    best, _ = jax.lax.scan(lambda best, step: better(best, jnp.minimum(middle_n + step, 1.0)), best, fine)
-    return _shrunk(low_n, high_n, best[1], bits, sym)
+    _, middle_n = best = jax.lax.fori_loop(0, _COARSE - _LEAST + 1, coarse, start)
+
+    def fine(step: jax.Array, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        step = jnp.where(step < 0, step, step + 1)  # the middle itself has been tried
+        return better(best, jnp.minimum(middle_n + part(step, _FINE), 1.0))
+
+    between = _FINE // _COARSE - 1
+    best = jax.lax.fori_loop(-between, between, fine, best)
+    return _shrunk(low_n, high_n, best[1], bits, sym, arithmetic)
 
 
-def nearest_codes(w_rn: Float[jax.Array, "*groups R N"], grid: Grid, bits: int) -> Float[jax.Array, "*groups R N"]:
+def nearest_codes(
+    w_rn: Float[jax.Array, "*groups R N"], grid: Grid, bits: int, arithmetic: Arithmetic = PLAIN
+) -> Float[jax.Array, "*groups R N"]:
     """The code of the nearest grid point of each weight, `clip(round(w / scale) + zero, 0, 2^bits - 1)`, as floats."""
     scale, zero = grid.scale_n[..., None, :], grid.zero_n[..., None, :]
-    return jnp.clip(jnp.round(w_rn / scale) + zero, 0, 2**bits - 1)
+    return jnp.clip(arithmetic.round(arithmetic.divide(w_rn, scale)) + zero, 0, 2**bits - 1)
 
 
-def grid_points(w_rn: Float[jax.Array, "*groups R N"], grid: Grid, bits: int) -> Float[jax.Array, "*groups R N"]:
+def grid_points(
+    w_rn: Float[jax.Array, "*groups R N"], grid: Grid, bits: int, arithmetic: Arithmetic = PLAIN
+) -> Float[jax.Array, "*groups R N"]:
     """The nearest grid point of each weight."""
-    return grid.scale_n[..., None, :] * (nearest_codes(w_rn, grid, bits) - grid.zero_n[..., None, :])
+    return grid.scale_n[..., None, :] * (nearest_codes(w_rn, grid, bits, arithmetic) - grid.zero_n[..., None, :])
 
 
 def storable(scale_n: Float[jax.Array, "*groups N"]) -> Float[jax.Array, "*groups N"]:
@@ -114,10 +130,10 @@ def _bounds(w_rn: jax.Array, sym: bool) -> tuple[jax.Array, jax.Array]:
     return jnp.minimum(jnp.min(w_rn, axis=-2), 0.0), jnp.maximum(jnp.max(w_rn, axis=-2), 0.0)
 
 
-def _shrunk(low_n: jax.Array, high_n: jax.Array, part_n: jax.Array, bits: int, sym: bool) -> Grid:
+def _shrunk(low_n: jax.Array, high_n: jax.Array, part_n: jax.Array, bits: int, sym: bool, arithmetic: Arithmetic) -> Grid:
     """The grid over `part` of a range."""
     top = 2**bits - 1
-    scale_n = storable((high_n - low_n) * part_n / top)
+    scale_n = storable(arithmetic.divide((high_n - low_n) * part_n, jnp.full_like(high_n, top)))
     if sym:
         return Grid(scale_n, jnp.full(scale_n.shape, 2.0 ** (bits - 1), scale_n.dtype))
-    return Grid(scale_n, jnp.clip(jnp.round(-low_n * part_n / scale_n), 0, top))
+    return Grid(scale_n, jnp.clip(arithmetic.round(arithmetic.divide(-low_n * part_n, scale_n)), 0, top))
