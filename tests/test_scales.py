@@ -18,7 +18,7 @@ _search = jax.jit(search_grid, static_argnames=("bits", "sym", "scale"))
 @pytest.mark.parametrize(("bits", "sym"), [(2, True), (3, False), (4, True)])
 def test_searched_grids_are_the_best_of_their_candidates_and_never_worse_than_minmax(bits: int, sym: bool, scale: str):
     random = np.random.default_rng(1)
-    w_grn = random.standard_t(3, size=(2, 32, 12))  # heavy tails, so that a smaller range pays
+    w_grn = random.standard_t(3, size=(2, 32, 100))  # heavy tails, so that a smaller range pays; each candidate wins somewhere
     weight_gr = random.lognormal(size=(2, 32))
     with double():
         found = _search(jnp.asarray(w_grn), jnp.asarray(weight_gr), bits=bits, sym=sym, scale=scale)
@@ -32,7 +32,7 @@ def test_searched_grids_are_the_best_of_their_candidates_and_never_worse_than_mi
         error_n = oracles.grid_error(w_grn[group], expected, bits, weight_r)
         assert np.all(error_n <= oracles.grid_error(w_grn[group], whole, bits, weight_r))
         shrunk += int(np.sum(expected[0] < whole[0]))
-    assert shrunk > 12
+    assert shrunk > 100
 
 
 def test_the_hessian_weighs_the_errors_of_rows_in_the_search_of_scales():
