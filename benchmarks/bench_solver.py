@@ -37,6 +37,7 @@ from jgptq.config import QuantizeConfig
 from jgptq.solver import Prepared, Solution, judge_columns, output_loss, prepare, solve_columns
 from jgptq.solver.compensate import solver_block
 from jgptq.solving import tile_columns
+from pallas_kernels.gptq_plain import STEP
 
 BITS, GROUP = 4, 128
 LIMITS = {"square": 3.0, "wide": 1.8}
@@ -45,7 +46,6 @@ COMPILED = "/jax/core/compile/backend_compile_duration"
 COMPILE_SHAPES = {(256, 256): 128, (2080, 2080): 32, (4096, 4096): 128, (14336, 4096): 128}  # (K, N): group size
 SECOND_SOLVED = 4096  # the largest K whose second matrix is solved for the count of compilations; `square`, `wide` count theirs
 BUSY = 0.5  # load of the last minute from which on a warning is printed
-_STEP = 32  # rows of one call of the inner kernel
 
 
 class Problem(NamedTuple):
@@ -131,7 +131,7 @@ def factor_multiply_adds(k: int) -> int:
 def floors(k: int, n: int, speed: dict[str, float]) -> dict[str, dict[str, float]]:
     """The least seconds of each part of a solve, from what it multiplies and from what it must move."""
     block = solver_block(k, GROUP)
-    inside = k * n * (block + _STEP)  # a step of 32 rows multiplies with the whole block, and a row with its step
+    inside = k * n * (block + STEP)  # a step of 32 rows multiplies with the whole block, and a row with its step
     parts = {
         "ordering and factorization": {"bytes": 4.0 * k * k, "multiply_adds": float(factor_multiply_adds(k))},
         "loop": {"multiply_adds": float(k * (k - block) // 2 * n + inside)},

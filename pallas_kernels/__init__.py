@@ -5,7 +5,7 @@ are `Given` or `Searched` on the way.
 """
 
 from pallas_kernels.gptq_block import gptq_block
-from pallas_kernels.gptq_plain import Given, Searched
+from pallas_kernels.gptq_plain import Arithmetic, BlockResult, Given, Search, Searched
 from pallas_kernels.matmul import int4_matmul
 
-__all__ = ["Given", "Searched", "gptq_block", "int4_matmul"]
+__all__ = ["Arithmetic", "BlockResult", "Given", "Search", "Searched", "gptq_block", "int4_matmul"]

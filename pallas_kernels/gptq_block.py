@@ -16,11 +16,10 @@ from jax.experimental.pallas import triton as gpu
 from pallas_kernels import gptq_plain
 from pallas_kernels.assembly import elementwise
 from pallas_kernels.device import Backend, resolve
-from pallas_kernels.gptq_plain import PLAIN, STEP, Arithmetic, BlockResult, Given, Searched
+from pallas_kernels.gptq_plain import PLAIN, STEP, Arithmetic, BlockResult, Given, Search, Searched
 
 COLUMNS = 16
 MOST_ROWS = 128
-_LEAST_ROWS = 32
 
 
 def gptq_block(
@@ -37,13 +36,15 @@ def gptq_block(
     For k = 0..R-1: `code_k = clip(round(w_k / scale) + zero)`, `e_k = (w_k - scale * (code_k - zero)) / u[k, k]`, and
     `w_j -= u[k, j] * e_k` for every later row j; with a drift also `w_j += drift[k, j] * w_k` (GPTAQ, arXiv 2504.02692). Where
     grids are searched, a group is given its scale and zero point before the first of its rows.
-    Rounding is half to even and the division a true division on every backend: where sums are exact, codes are the same bit for
-    bit. The kernel adds row by row what plain JAX sums in one product, so that a weight within rounding of a tie may differ.
+    Rounding is half to even and the division a true division on every backend: where grids are given and sums are exact, codes
+    are the same bit for bit. The kernel adds row by row what plain JAX sums in one product, so that a weight within rounding of a
+    tie may differ; and so may a searched grid whose error is within rounding of another's.
 
     Args:
-      w_rn: float32 `[R, N]`, rows as updated by all rows before this block.
+      w_rn: float32 `[R, N]`, rows as updated by all rows before this block. Plain JAX takes any float dtype, here and below.
       u_rr: float32 `[R, R]`, the diagonal block of the upper factor U, H^-1 = U^T U.
-      grids: scales and zero points that are given, or how to find them.
+      grids: `Given` scales and zero points, float32 `[R, N]` or, where all rows share them, `[1, N]`; or `Searched`, with weights
+        float32 `[R]`, the rows of a group, a multiple of 32 that divides R, and the search.
       drift_rr: float32 `[R, R]`, strictly upper; None for plain GPTQ.
       bits: width of a code.
       backend: "triton", "jax", "interpret", or "auto": the kernel on a GPU, for float32 and R up to 128; else plain JAX.
@@ -57,7 +58,8 @@ def gptq_block(
     rows = w_rn.shape[0]
     _check(w_rn, u_rr, grids, drift_rr)
     fits = rows <= MOST_ROWS and w_rn.dtype == jnp.float32
-    backend = resolve(backend, None if fits else f"takes float32 and up to {MOST_ROWS} rows, found {w_rn.dtype} and {rows}")
+    unfit = None if fits else f"takes float32 and up to {MOST_ROWS} rows, found {w_rn.dtype} and {rows}"
+    backend = resolve(backend, "has no kernel for this" if backend == "mosaic" else unfit)
     if backend == "jax":
         return gptq_plain.gptq_block(w_rn, u_rr, grids, drift_rr, bits=bits)
     return launched(w_rn, u_rr, grids, drift_rr, bits=bits, interpret=backend == "interpret")
@@ -81,11 +83,12 @@ def launched(
     operands = _filled(w_rn, u_rr, grids, drift_rr)
     shape = operands.w_rn.shape
     of_rows: Any = jax.ShapeDtypeStruct(shape, jnp.float32)
-    of_groups: Any = None if isinstance(grids, Given) else jax.ShapeDtypeStruct((shape[0] // grids.rows, shape[1]), jnp.float32)
+    searched = None if isinstance(grids, Given) else (grids.rows, grids.search)
+    of_groups: Any = None if searched is None else jax.ShapeDtypeStruct((shape[0] // searched[0], shape[1]), jnp.float32)
     codes: Any = jax.ShapeDtypeStruct(shape, jnp.int8)
     turn: Any = None if drift_rr is None else of_rows
     found = pl.pallas_call(
-        functools.partial(_kernel, bits=bits, searched=None if isinstance(grids, Given) else grids, exact=interpret),
+        functools.partial(_kernel, bits=bits, searched=searched, exact=interpret),
         out_shape=BlockResult(codes, of_rows, turn, of_groups, of_groups),
         grid=(shape[1] // COLUMNS,),
         interpret=interpret,
@@ -94,7 +97,7 @@ def launched(
     )(operands)
     turn_rn = w_rn[:0] if drift_rr is None else found.turn_rn[:rows, :n]
     codes_rn = jax.lax.bitcast_convert_type(found.codes_rn, jnp.uint8)[:rows, :n]
-    scale_gn, zero_gn = grids[:2] if isinstance(grids, Given) else (a[: rows // grids.rows, :n] for a in found[3:])
+    scale_gn, zero_gn = grids if isinstance(grids, Given) else (a[: rows // grids.rows, :n] for a in found[3:])
     return BlockResult(codes_rn, found.error_rn[:rows, :n], turn_rn, scale_gn, zero_gn)
 
 
@@ -102,7 +105,7 @@ def _filled(w_rn: jax.Array, u_rr: jax.Array, grids: Given | Searched, drift_rr:
     """Operands of a size that the kernel takes. Rows that fill up come last, so that they change none before them; and zeros
     change no grid."""
     rows, n = w_rn.shape
-    more, more_columns = max(_LEAST_ROWS, pl.next_power_of_2(rows)) - rows, -n % COLUMNS
+    more, more_columns = max(STEP, pl.next_power_of_2(rows)) - rows, -n % COLUMNS
 
     def wide(part: jax.Array, value: float = 0.0) -> jax.Array:
         more_rows = more if part.shape[0] == rows else 0
@@ -147,14 +150,14 @@ def _kernel(
     zero_ref: Any,
     *,
     bits: int,
-    searched: Searched | None,
+    searched: tuple[int, Search] | None,
     exact: bool,
 ) -> None:
     """All steps for a few columns."""
     rows = of.w_rn.shape[0]
     columns, every = pl.ds(pl.program_id(0) * COLUMNS, COLUMNS), pl.ds(0, rows)
     index = jax.lax.broadcasted_iota(jnp.int32, (rows, 1), 0)
-    arithmetic = PLAIN if exact else Arithmetic(_quotient, _rounded)
+    arithmetic = PLAIN if exact else _SPELLED_OUT
 
     def given_grid(k: jax.Array) -> tuple[jax.Array, ...]:
         at = jnp.int32(0) if of.given.scale_rn.shape[0] == 1 else k
@@ -175,10 +178,10 @@ def _kernel(
             w_rn = w_rn + gpu.load(of.drift_rr.at[k, every])[:, None] * w_n[None, :]
         return w_rn
 
-    def run_group(g: jax.Array, w_rn: jax.Array, searched: Searched) -> jax.Array:
-        first, last = g * searched.rows, (g + 1) * searched.rows
+    def run_group(g: jax.Array, w_rn: jax.Array, of_group: int, search: Search) -> jax.Array:
+        first, last = g * of_group, (g + 1) * of_group
         only_rn = jnp.where((index >= first) & (index < last), w_rn, 0.0)
-        grid = searched.search(only_rn, gpu.load(of.weight_r.at[every]), arithmetic)
+        grid = search(only_rn, gpu.load(of.weight_r.at[every]), arithmetic)
         for ref, part_n in zip((scale_ref, zero_ref), grid, strict=True):
             gpu.store(ref.at[g, columns], part_n)
         return jax.lax.fori_loop(first, last, functools.partial(step, grid_of=lambda _: grid), w_rn)
@@ -187,7 +190,8 @@ def _kernel(
     if searched is None:
         jax.lax.fori_loop(0, rows, functools.partial(step, grid_of=given_grid), w_rn)
     else:
-        jax.lax.fori_loop(0, rows // searched.rows, functools.partial(run_group, searched=searched), w_rn)
+        of_group, search = searched
+        jax.lax.fori_loop(0, rows // of_group, functools.partial(run_group, of_group=of_group, search=search), w_rn)
 
 
 def _quotient(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -200,3 +204,6 @@ def _quotient(a: jax.Array, b: jax.Array) -> jax.Array:
 def _rounded(a: jax.Array) -> jax.Array:
     """Half to even."""
     return elementwise("cvt.rni.f32.f32 $0, $1;", "=f,f", [a])
+
+
+_SPELLED_OUT = Arithmetic(_quotient, _rounded, lambda constant: constant)

@@ -1,5 +1,6 @@
 """The solver's inner loop in plain JAX: the kernel's oracle, and what a machine without a GPU runs."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -16,9 +17,10 @@ class Arithmetic(NamedTuple):
 
     divide: Callable[[jax.Array, jax.Array], jax.Array]  # rounded once
     round: Callable[[jax.Array], jax.Array]  # half to even
+    divisor: Callable[[jax.Array], jax.Array]  # of a constant to divide by: XLA would multiply by its reciprocal
 
 
-PLAIN = Arithmetic(jnp.divide, jnp.round)
+PLAIN = Arithmetic(jnp.divide, jnp.round, jax.lax.optimization_barrier)
 
 Search = Callable[[jax.Array, jax.Array, Arithmetic], tuple[jax.Array, jax.Array]]
 """Given the rows of a group `[R, N]`, their weights `[R]` and what to divide and round with: its scale and zero point `[N]`. Rows
@@ -32,7 +34,9 @@ class Given(NamedTuple):
     zero_rn: jax.Array  # of the same shape, integers
 
 
-class Searched(NamedTuple):
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["weight_r"], meta_fields=["rows", "search"])
+@dataclasses.dataclass(frozen=True)
+class Searched:
     """Grids that are set on the way: that of a group from its rows as they are when the first of them has its turn."""
 
     weight_r: jax.Array  # [R], what the search is given beside the rows
@@ -65,18 +69,19 @@ def gptq_block(
         scale_gn, zero_gn = done.scale_gn, done.zero_gn
         if isinstance(grids, Searched):
             scale_gn, zero_gn = _begun(at, done, w_rn, u_rr, grids, drift_rr)
-        factors = [u_rr] if drift_rr is None else [u_rr, drift_rr]
-        corners = [jax.lax.dynamic_slice(factor_rr, (at, at), (step, step)) for factor_rr in factors]
-        of_step = [_of_rows(part_gn, at, step, rows) for part_gn in (scale_gn, zero_gn)]
-        found = _steps(_pulled(at, step, done, w_rn, u_rr, drift_rr), *corners[:1], *of_step, *corners[1:], bits=bits)
+        u_ss = jax.lax.dynamic_slice(u_rr, (at, at), (step, step))
+        drift_ss = None if drift_rr is None else jax.lax.dynamic_slice(drift_rr, (at, at), (step, step))
+        scale_sn, zero_sn = (_of_rows(part_gn, at, step, rows) for part_gn in (scale_gn, zero_gn))
+        w_sn = _pulled(at, step, done, w_rn, u_rr, drift_rr)
+        codes_sn, error_sn, turn_sn = _steps(w_sn, u_ss, scale_sn, zero_sn, drift_ss, bits=bits)
         put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=at, axis=0)
-        turn_rn = done.turn_rn if drift_rr is None else put(done.turn_rn, found[2])
-        return BlockResult(put(done.codes_rn, found[0]), put(done.error_rn, found[1]), turn_rn, scale_gn, zero_gn)
+        turn_rn = done.turn_rn if drift_rr is None else put(done.turn_rn, turn_sn)
+        return BlockResult(put(done.codes_rn, codes_sn), put(done.error_rn, error_sn), turn_rn, scale_gn, zero_gn)
 
     nothing_rn = jnp.zeros_like(w_rn)
     # Without a drift nobody reads the rows of the turn, and none are kept.
     turn_rn = nothing_rn[:0] if drift_rr is None else nothing_rn
-    scale_gn, zero_gn = grids[:2] if isinstance(grids, Given) else [jnp.ones((rows // grids.rows, n), w_rn.dtype)] * 2
+    scale_gn, zero_gn = grids if isinstance(grids, Given) else [jnp.ones((rows // grids.rows, n), w_rn.dtype)] * 2
     start = BlockResult(nothing_rn.astype(jnp.uint8), nothing_rn, turn_rn, scale_gn, zero_gn)
     return jax.lax.fori_loop(0, rows // step, run_step, start)
 

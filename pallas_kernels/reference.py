@@ -1,4 +1,4 @@
-"""The kernels' operations in plain JAX: their oracle, and what a machine without a GPU runs."""
+"""Packed products in plain JAX: the kernels' oracle, and what a machine without a GPU runs."""
 
 import jax
 import jax.numpy as jnp

@@ -9,8 +9,8 @@ import pytest
 from jgptq.solver.grid import search_grid
 from pallas_kernels import int4_decode
 from pallas_kernels.assembly import gpu
-from pallas_kernels.gptq_block import _quotient, _rounded
-from pallas_kernels.gptq_plain import PLAIN, Arithmetic
+from pallas_kernels.gptq_block import _SPELLED_OUT, _quotient, _rounded
+from pallas_kernels.gptq_plain import PLAIN
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +60,7 @@ def test_the_search_of_grids_in_assembly_finds_what_plain_arithmetic_finds(sym: 
     with jax.disable_jit():  # assembly runs on numbers
         of_kernel, plain = (
             search_grid(w_rn, weight_r, bits=3, sym=sym, scale=scale, arithmetic=arithmetic)
-            for arithmetic in (Arithmetic(_quotient, _rounded), PLAIN)
+            for arithmetic in (_SPELLED_OUT, PLAIN)
         )
     np.testing.assert_array_equal(of_kernel.scale_n, plain.scale_n)
     np.testing.assert_array_equal(of_kernel.zero_n, plain.zero_n)

@@ -1,5 +1,7 @@
 """The solver's inner loop as a kernel, in Pallas' interpreter, against plain JAX and against a float64 oracle."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -70,6 +72,7 @@ def test_the_kernel_takes_the_steps_of_plain_jax(rows, n, shared, drifts, bits):
         (128, 128, 16, False, {"bits": 4, "sym": True, "scale": "hessian"}),
         (128, 32, 40, True, {"bits": 3, "sym": False, "scale": "mse"}),
         (96, 32, 16, False, {"bits": 4, "sym": False, "scale": "minmax"}),
+        (96, 96, 16, False, {"bits": 4, "sym": True, "scale": "mse"}),
         (64, 64, 16, True, {"bits": 2, "sym": True, "scale": "hessian"}),
     ],
 )
@@ -127,25 +130,28 @@ def test_shapes_that_do_not_agree_are_named():
         gptq_block(w, u, grids._replace(scale_rn=grids.scale_rn[:, :8]), bits=4)
     minmax = searched(32, 32, bits=4, sym=True, scale="minmax")
     with pytest.raises(ValueError, match=r"weight must be \[32\] for w \[32, 16\], found \[31\]"):
-        gptq_block(w, u, minmax._replace(weight_r=minmax.weight_r[1:]), bits=4)
+        gptq_block(w, u, dataclasses.replace(minmax, weight_r=minmax.weight_r[1:]), bits=4)
     with pytest.raises(ValueError, match=r"rows in a group must be a multiple of 32 that divides 32, found 16"):
-        gptq_block(w, u, minmax._replace(rows=16), bits=4)
+        gptq_block(w, u, dataclasses.replace(minmax, rows=16), bits=4)
     with pytest.raises(ValueError, match=r"takes float32 and up to 128 rows, found float32 and 160"):
         gptq_block(*problem(160, 16, shared=True, drifts=False, exact=False)[:3], bits=4, backend="interpret")
+    with pytest.raises(ValueError, match="backend 'mosaic' has no kernel for this"):
+        gptq_block(w, u, grids, bits=4, backend="mosaic")
 
 
 @pytest.mark.parametrize(
     "settings",
     [
-        {"group_size": 256, "sym": False},
+        {"group_size": -1, "sym": False},
+        {"group_size": 192, "sym": False},
         {"group_size": 32, "method": "gptaq"},
         {"group_size": 128, "order": "static"},
     ],
 )
 def test_the_solver_finds_its_codes_with_the_kernel(settings, monkeypatch):
     random = np.random.default_rng(0)
-    h_tk = random.standard_normal((1024, 256)) * random.lognormal(size=256)
-    h_kk, w_kn = (jnp.asarray(a, jnp.float32) for a in (h_tk.T @ h_tk / 512, random.standard_normal((256, 16)) * 0.1))
+    h_tk = random.standard_normal((1024, 384)) * random.lognormal(size=384)
+    h_kk, w_kn = (jnp.asarray(a, jnp.float32) for a in (h_tk.T @ h_tk / 512, random.standard_normal((384, 16)) * 0.1))
     config = QuantizeConfig(**settings)
     drift_kk = 0.01 * h_kk if config.method == "gptaq" else None
     expected = solve_columns(w_kn, prepare(h_kk, config, drift_kk), config)
@@ -159,7 +165,7 @@ def test_the_solver_finds_its_codes_with_the_kernel(settings, monkeypatch):
     monkeypatch.setattr(compensate, "gptq_block", interpreted)
     found = solve_columns(w_kn, prepare(h_kk, config, drift_kk), config)
     jax.clear_caches()
-    assert launches == [128]
+    assert launches == [96 if config.group_size == 192 else 128]
     same = np.all(np.asarray(found.codes_kn) == np.asarray(expected.codes_kn), axis=0)
     assert np.mean(same) >= 0.8
     np.testing.assert_allclose(found.loss_n, expected.loss_n, rtol=0.1)

@@ -208,7 +208,7 @@ def test_the_solve_does_not_depend_on_the_size_of_its_blocks(problem: Problem, m
         w_kn, diag_k = jnp.asarray(problem.w_kn), jnp.asarray(np.diag(problem.h_kk))
         l_rows = functools.partial(jax.lax.dynamic_slice_in_dim, l_kk)
         for most, block in ((32, 32), (128, 96)):
-            monkeypatch.setattr(COMPENSATE, "_MAX_BLOCK", most)
+            monkeypatch.setattr(COMPENSATE, "MOST_ROWS", most)
             assert COMPENSATE.solver_block(K, 32) == block
             run = jax.jit(functools.partial(COMPENSATE.compensate, rows=32, config=config("static")), static_argnums=1)
             found.append(run(w_kn, l_rows, inverse_transposed(diagonal_blocks(l_kk, block)), diag_k))

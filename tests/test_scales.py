@@ -35,6 +35,14 @@ def test_searched_grids_are_the_best_of_their_candidates_and_never_worse_than_mi
     assert shrunk > 100
 
 
+def test_scales_are_divided_and_not_multiplied_by_a_reciprocal():
+    """A compiler that knows the divisor would do so; a kernel does not."""
+    w_rn = np.random.default_rng(0).standard_normal((32, 20_000)).astype(np.float32)
+    found = _search(jnp.asarray(w_rn), None, bits=4, sym=True, scale="minmax")
+    high_n = np.abs(w_rn).max(0)
+    np.testing.assert_array_equal(found.scale_n, ((high_n + high_n) / np.float32(15)).astype(np.float16).astype(np.float32))
+
+
 def test_the_hessian_weighs_the_errors_of_rows_in_the_search_of_scales():
     """A row that no input reaches does not stretch the grid of its group."""
     w_rn = np.linspace(-0.1, 0.1, 32)[:, None]

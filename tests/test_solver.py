@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from jgptq.config import QuantizeConfig
 from jgptq.errors import ConfigError
-from jgptq.solver import Outcome, round_to_nearest, solve, triangular
+from jgptq.solver import Outcome, prepare, round_to_nearest, solve, triangular
 from jgptq.solver.cholesky import damped_factor
 from jgptq.solver.compensate import solver_block
 from jgptq.solver.grid import minmax_grid
@@ -134,6 +134,17 @@ def test_second_matrix_of_a_shape_compiles_nothing(problem):
     assert counts[1] == counts[0]
 
 
+def test_a_factorization_takes_the_memory_of_two_matrices_and_a_mask():
+    """The ordered Hessian, which becomes the factor; one more for a second attempt; and a mask of a byte an entry."""
+    k = 512
+    operands = jax.ShapeDtypeStruct((k, k), jnp.float32), jax.ShapeDtypeStruct((k,), jnp.int32)
+    factored = jax.jit(lambda h_kk, rows_k: damped_factor(h_kk, 0.01, rows_k))
+    memory = factored.lower(*operands).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 1.5 * 4 * k * k
+    h_kk = jnp.eye(k)
+    assert prepare(h_kk, QuantizeConfig()).h_kk is h_kk
+
+
 @settings(max_examples=30)
 @given(st.integers(1, 60), st.sampled_from([32, 64, 96, 128, 160, 256]))
 def test_solver_block_divides_k_and_never_splits_a_group_unevenly(multiple: int, group_size: int):
@@ -182,9 +193,13 @@ def test_hessian_of_bfloat16_activations_is_accumulated_in_float32():
 def test_damping_raises_itself_until_the_factor_is_finite():
     bad = np.diag(np.r_[np.ones(63), 1e-3]).astype(np.float32)
     bad[62, 63] = bad[63, 62] = 0.1  # eigenvalue below zero: no damping of 0.001 helps, one of 0.01 does
-    factor = damped_factor(jnp.asarray(bad), 0.001, jnp.arange(64))
+    rows_k = np.random.default_rng(0).permutation(64)
+    factor = damped_factor(jnp.asarray(bad), 0.001, jnp.asarray(rows_k))
     assert bool(factor.finite)
     assert float(factor.damping) == pytest.approx(0.01)
+    damped = bad + 0.01 * np.mean(np.diagonal(bad)) * np.eye(64)
+    np.testing.assert_allclose(factor.kk.T @ factor.kk, damped[np.ix_(rows_k, rows_k)], atol=1e-5)
+    np.testing.assert_array_equal(factor.kk, np.triu(factor.kk))
     solution = solve(jnp.ones((64, 32)), jnp.asarray(bad), QuantizeConfig(group_size=32, damping=0.001))
     assert Outcome(int(solution.outcome)) is Outcome.RAISED_DAMPING
 

@@ -10,6 +10,7 @@ integer operations, is checked on all. No GPU runs: this says how kernels compil
 """
 
 import argparse
+import functools
 import json
 import sys
 import time
@@ -29,7 +30,6 @@ from jgptq.config import Scale
 from jgptq.solver.grid import search_grid
 from pallas_kernels import Given, Searched, int4_decode, int4_mosaic
 from pallas_kernels.gptq_block import launched
-from pallas_kernels.gptq_plain import Arithmetic
 from pallas_kernels.int4_decode import Tiling
 from pallas_kernels.planes import TILE, Planes
 from pallas_kernels.rows import Rows, RowsKernel
@@ -98,8 +98,7 @@ def searching_case(of_group: int, sym: bool, scale: Scale, drifts: bool) -> Case
     square = _S((128, 128), jnp.float32)
     operands = [_S((128, 4096), jnp.float32), square, _S((128,), jnp.float32), *([square] if drifts else [])]
 
-    def search(w_rn: jax.Array, weight_r: jax.Array, arithmetic: Arithmetic) -> Any:
-        return search_grid(w_rn, weight_r, bits=4, sym=sym, scale=scale, arithmetic=arithmetic)
+    search = functools.partial(search_grid, bits=4, sym=sym, scale=scale)
 
     def function(w_rn: jax.Array, u_rr: jax.Array, weight_r: jax.Array, *drift: jax.Array) -> Any:
         return launched(w_rn, u_rr, Searched(weight_r, of_group, search), *drift, bits=4, interpret=False)

@@ -63,7 +63,7 @@ def damped_factor(h_kk: Float[jax.Array, "K K"], damping: float, rows_k: Int[jax
     Args:
       h_kk: float `[K, K]`, symmetric, finite.
       damping: the first lambda.
-      rows_k: the permutation P, as the rows of H in the sequence in which they are factored.
+      rows_k: int `[K]`, the permutation P: row i of what is factored is row `rows_k[i]` of H.
 
     Returns:
       The factor, the lambda it needed, and whether it is finite.

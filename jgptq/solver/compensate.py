@@ -12,10 +12,10 @@ from jgptq.config import ROW_MULTIPLE, QuantizeConfig
 from jgptq.notation import Float, Int, UInt8
 from jgptq.solver.grid import Grid, search_grid
 from jgptq.solver.triangular import product, transposed
-from pallas_kernels import Given, Searched, gptq_block
-from pallas_kernels.gptq_plain import PLAIN, Arithmetic, BlockResult, Search
+from pallas_kernels import BlockResult, Given, Search, Searched, gptq_block
+from pallas_kernels.gptq_block import MOST_ROWS
+from pallas_kernels.gptq_plain import PLAIN
 
-_MAX_BLOCK = 128
 _MAX_RUN = 4  # blocks
 
 
@@ -49,7 +49,7 @@ class _Past(NamedTuple):
     start: jax.Array
     l_sk: jax.Array
     pull_sn: jax.Array  # the product of L with what was lost so far
-    drift_sk: jax.Array | None  # GPTAQ's matrix
+    drift_sk: jax.Array | None  # GPTAQ's matrix, transposed
     drift_sn: jax.Array | None  # and its product with the rows as they were when their turn came
 
 
@@ -59,7 +59,7 @@ class _Turn(NamedTuple):
     target_bn: jax.Array  # what its codes are held against: the kernel, moved by a drift
     w_bn: jax.Array  # the same, pulled by what the rows before it lost
     u_bb: jax.Array  # the upper factor of the inverse Hessian given those rows
-    drift_bb: jax.Array | None  # GPTAQ's matrix in this block
+    drift_bb: jax.Array | None  # GPTAQ's matrix in this block, strictly upper
 
 
 def compensate(
@@ -81,7 +81,7 @@ def compensate(
     loop's factor `H^-1 = U^T U`. So one triangular factorization serves; the published loop takes three times the work to U.
     What lies before a run of several blocks is multiplied for all its rows at once, for the sake of larger products.
 
-    Inside a block of up to 128 rows it is `pallas_kernels.gptq_block`.
+    Inside a block of up to 128 rows the published loop runs, `pallas_kernels.gptq_block`.
 
     Args:
       w_kn: `[K, N]`, in the solver's sequence.
@@ -223,7 +223,7 @@ class _Loop:
 
 def solver_block(k: int, rows: int) -> int:
     """Rows in one lazy block: the largest multiple of 32 up to 128 that divides K and holds whole groups, or lies within one."""
-    fits = [b for b in range(ROW_MULTIPLE, _MAX_BLOCK + 1, ROW_MULTIPLE) if k % b == 0 and (b % rows == 0 or rows % b == 0)]
+    fits = [b for b in range(ROW_MULTIPLE, MOST_ROWS + 1, ROW_MULTIPLE) if k % b == 0 and (b % rows == 0 or rows % b == 0)]
     return max(fits)
 
 
@@ -254,10 +254,7 @@ def _points(found: BlockResult) -> jax.Array:
 def _search_of(config: QuantizeConfig) -> Search:
     """How the grid of a group is found."""
 
-    def search(w_rn: jax.Array, weight_r: jax.Array, arithmetic: Arithmetic) -> Grid:
-        return search_grid(w_rn, weight_r, bits=config.bits, sym=config.sym, scale=config.grid_search, arithmetic=arithmetic)
-
-    return search
+    return functools.partial(search_grid, bits=config.bits, sym=config.sym, scale=config.grid_search)
 
 
 def _begin_group(all_groups: Grid, w_rn: jax.Array, weight_k: jax.Array, row: jax.Array, config: QuantizeConfig) -> Grid:

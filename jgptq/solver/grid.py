@@ -7,7 +7,8 @@ import jax.numpy as jnp
 
 from jgptq.config import Scale
 from jgptq.notation import Float
-from pallas_kernels.gptq_plain import PLAIN, Arithmetic
+from pallas_kernels import Arithmetic
+from pallas_kernels.gptq_plain import PLAIN
 
 MSE_EXPONENT = 2.4
 _COARSE, _FINE = 20, 80  # parts of the covering range
@@ -42,25 +43,25 @@ def minmax_grid(w_rn: Float[jax.Array, "*groups R N"], bits: int, sym: bool) -> 
 def search_grid(
     w_rn: Float[jax.Array, "*groups R N"],
     weight_r: Float[jax.Array, "*groups R"] | None,
+    arithmetic: Arithmetic = PLAIN,
     *,
     bits: int,
     sym: bool,
     scale: Scale,
-    arithmetic: Arithmetic = PLAIN,
 ) -> Grid:
     """The grid of a group, its range shrunk to where rounding to nearest errs least.
 
-    A range that covers every weight spends points on the outliers. Ranges of p times the covering one, p from 1 to 0.2, are
-    tried in steps of 1/20 and then of 1/80 around the best, and the error measured is `sum_r |w - q|^2.4` ("mse", as in the
-    published implementations) or `sum_r h_r (w - q)^2` ("hessian"), where h is the diagonal of H.
+    A range that covers every weight spends points on the outliers. Ranges of p times the covering one are tried, p from 1 to 0.2
+    in steps of 1/20 and then the best of them and up to 3/80 more or less, and the error measured is `sum_r |w - q|^2.4` ("mse",
+    as in the published implementations) or `sum_r h_r (w - q)^2` ("hessian"), where h is the diagonal of H.
 
     Args:
-      w_rn: `[..., R, N]`, the rows of one group, or of several along leading axes.
+      w_rn: `[..., R, N]`, the rows of one group, or of several along leading axes. Rows of zeros change nothing.
       weight_r: `[..., R]`, the diagonal of H at these rows; only "hessian" reads it.
+      arithmetic: how to divide and round: kernels trace this function inside of them, as a `pallas_kernels.Search`.
       bits: width of a code.
       sym: whether the grid is symmetric.
       scale: "minmax" (no search), "mse" or "hessian".
-      arithmetic: how to divide and round: kernels trace this function inside of them. Rows of zeros change nothing.
 
     Returns:
       Scales and zero points `[..., N]`.
@@ -83,7 +84,7 @@ def search_grid(
         return jnp.minimum(error_n, least_n), jnp.where(error_n < least_n, part_n, at_n)
 
     def part(step: jax.Array, of: int) -> jax.Array:
-        return arithmetic.divide(jnp.asarray(step, w_rn.dtype) * whole_n, of * whole_n)
+        return arithmetic.divide(jnp.asarray(step, w_rn.dtype) * whole_n, arithmetic.divisor(of * whole_n))
 
     def coarse(step: jax.Array, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         return better(best, part(_COARSE - step, _COARSE))
@@ -133,7 +134,7 @@ def _bounds(w_rn: jax.Array, sym: bool) -> tuple[jax.Array, jax.Array]:
 def _shrunk(low_n: jax.Array, high_n: jax.Array, part_n: jax.Array, bits: int, sym: bool, arithmetic: Arithmetic) -> Grid:
     """The grid over `part` of a range."""
     top = 2**bits - 1
-    scale_n = storable(arithmetic.divide((high_n - low_n) * part_n, jnp.full_like(high_n, top)))
+    scale_n = storable(arithmetic.divide((high_n - low_n) * part_n, arithmetic.divisor(jnp.full_like(high_n, top))))
     if sym:
         return Grid(scale_n, jnp.full(scale_n.shape, 2.0 ** (bits - 1), scale_n.dtype))
     return Grid(scale_n, jnp.clip(arithmetic.round(arithmetic.divide(-low_n * part_n, scale_n)), 0, top))

@@ -42,7 +42,7 @@ def prepare(h_kk: Float[jax.Array, "K K"], config: QuantizeConfig, drift_kk: Flo
     """Orders the rows of K and factors the damped Hessian once for all columns.
 
     Args:
-      h_kk: `[K, K]`, the Hessian of `jgptq.solver.hessian`; it is kept, not copied.
+      h_kk: `[K, K]`, the Hessian of `jgptq.solver.hessian`; outside of jit it is kept, not copied.
       config: group size, method, order, damping, float64.
       drift_kk: `2/T X^T (X_f - X)` for the shift of targets and the asymmetric methods; None solves without.
 
@@ -54,17 +54,14 @@ def prepare(h_kk: Float[jax.Array, "K K"], config: QuantizeConfig, drift_kk: Flo
       ConfigError: float64 is asked for where jax computes in float32 alone.
     """
     checked_size(h_kk, drift_kk)
-    h_kk = h_kk.astype(solver_dtype(config))
-    if config.method == "rtn":
-        drift_kk = None
-    if drift_kk is not None:
-        drift_kk = drift_kk.astype(h_kk.dtype)
+    h_kk = jnp.asarray(h_kk, solver_dtype(config))
+    drift_kk = None if drift_kk is None or config.method == "rtn" else jnp.asarray(drift_kk, h_kk.dtype)
     found = _factored(h_kk, drift_kk, config)
     return Prepared(h_kk, found.r_kk, found.u_cbb, drift_kk, found.order, found.damping, found.outcome)
 
 
 class _Factored(NamedTuple):
-    """What is computed of a `Prepared`: the rest of it goes through no program, which would copy it."""
+    """What is computed of a `Prepared`: the rest is no result of this program, which would copy it."""
 
     r_kk: jax.Array | None
     u_cbb: jax.Array | None

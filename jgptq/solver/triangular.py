@@ -24,6 +24,7 @@ def upper_factor(h_kk: Float[jax.Array, "K K"], added: Float[jax.Array, ""]) -> 
       Upper triangular R; not finite where the sum is not positive definite.
     """
     at_k = jnp.arange(h_kk.shape[0])
+    # LAPACK's order of memory, said here: otherwise XLA copies the matrix once more on the way.
     columns_first_kk = with_layout_constraint(h_kk.at[at_k, at_k].add(added).T, Layout(major_to_minor=(1, 0)))
     return jnp.linalg.cholesky(columns_first_kk, symmetrize_input=False).T
 
