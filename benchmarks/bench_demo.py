@@ -1,6 +1,6 @@
 """What each width costs on two trained models: float, round-to-nearest and GPTQ at 4, 3 and 2 bits, as `jgptq demo` shows it.
 
-    python benchmarks/bench_demo.py [--stories ../shared/data/stories260k]
+    pip install -e '.[bench]' && python benchmarks/bench_demo.py [--stories FOLDER]
 
 The embedded model at group 128, calibrated on 256 samples of 256 tokens of the standard library and scored on held-out files of
 it; and, where its folder is given, a trained Llama of 260 thousand parameters at group 32 (its MLP is 172 wide, no multiple of
@@ -12,6 +12,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 from common import RESULTS, circumstances, write_result
 
@@ -31,8 +32,6 @@ def rows(folder: str, calib: np.ndarray, tokens: np.ndarray, group_size: int) ->
 
 def draw(models: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """Excess of the perplexity over the float model's, by bits: one panel a model."""
-    import matplotlib.pyplot as plt
-
     figure, axes = plt.subplots(1, len(models), figsize=(4.2 * len(models), 3.2), squeeze=False)
     for axis, (name, found) in zip(axes[0], models.items(), strict=True):
         base = found[0]["perplexity"]

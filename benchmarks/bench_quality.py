@@ -1,6 +1,6 @@
 """What each option is worth: excess log-perplexity over the float model, by bits, grid and group, beside GPTQModel's best.
 
-    python benchmarks/bench_quality.py [--stories ../shared/data/stories260k] [--peer-python .venv-interop/bin/python]
+    python benchmarks/bench_quality.py [--stories FOLDER] [--peer-python .venv-interop/bin/python]
         [--peer-exports FOLDER] [--options best,balanced] [--bits 4,3,2] [--formats REGEX]
 
 On the embedded model at groups of 128 and 32, and, where its folder is given, on a trained Llama of 260 thousand parameters at

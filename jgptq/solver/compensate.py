@@ -253,7 +253,6 @@ def _points(found: BlockResult) -> jax.Array:
 
 def _search_of(config: QuantizeConfig) -> Search:
     """How the grid of a group is found."""
-
     return functools.partial(search_grid, bits=config.bits, sym=config.sym, scale=config.grid_search)
 
 
