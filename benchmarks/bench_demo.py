@@ -12,7 +12,6 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 from common import RESULTS, circumstances, write_result
 
@@ -32,6 +31,8 @@ def rows(folder: str, calib: np.ndarray, tokens: np.ndarray, group_size: int) ->
 
 def draw(models: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """Excess of the perplexity over the float model's, by bits: one panel a model."""
+    import matplotlib.pyplot as plt
+
     figure, axes = plt.subplots(1, len(models), figsize=(4.2 * len(models), 3.2), squeeze=False)
     for axis, (name, found) in zip(axes[0], models.items(), strict=True):
         base = found[0]["perplexity"]
