@@ -17,7 +17,7 @@ from common import RESULTS, circumstances, write_result
 
 from converters import load_hf
 from jgptq import tinycode
-from jgptq.demo import check_order, compare, demo_tokens, sources
+from jgptq.app.demo import check_order, compare, demo_tokens, sources
 
 BITS = (4, 3, 2)
 

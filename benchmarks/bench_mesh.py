@@ -32,11 +32,12 @@ from aot import topology
 from common import circumstances, write_result
 from jax.sharding import Mesh, NamedSharding
 
-from jgptq.config import QuantizeConfig
-from jgptq.sharding import by_columns, by_tokens, make_mesh, replicated
-from jgptq.solver import Solution, sharded, slabs, solve
+from jgptq.settings.config import QuantizeConfig
+from jgptq.solver import Solution, solve
 from jgptq.solver import hessian as dense
 from jgptq.solver.compensate import solver_block
+from jgptq.solver.mesh import sharded, slabs
+from jgptq.solver.mesh.axes import by_columns, by_tokens, make_mesh, replicated
 from jgptq.solver.order import row_order
 
 K, N, TOKENS = 53248, 16384, 8 * 4096

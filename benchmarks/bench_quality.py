@@ -30,8 +30,8 @@ from common import RESULTS, circumstances, write_result, write_tokenizer
 import jgptq
 from converters import load_hf
 from jgptq import tinycode
-from jgptq.demo import demo_tokens, sources
-from jgptq.presets import make_config
+from jgptq.app.demo import demo_tokens, sources
+from jgptq.settings.presets import make_config
 
 NAME = "quality_cpu"
 PLAIN = {"preset": "fast", "scale": "minmax"}

@@ -33,11 +33,11 @@ import peer_torch_loop
 import torch
 from common import circumstances, write_result
 
-from jgptq.config import QuantizeConfig
+from jgptq.run.tiles import tile_columns
+from jgptq.settings.config import QuantizeConfig
 from jgptq.solver import Prepared, Solution, judge_columns, output_loss, prepare, solve_columns
 from jgptq.solver.compensate import solver_block
-from jgptq.solving import tile_columns
-from pallas_kernels.gptq_plain import STEP
+from pallas_kernels.gptq_block.reference import STEP
 
 BITS, GROUP = 4, 128
 LIMITS = {"square": 3.0, "wide": 1.8}

@@ -19,7 +19,7 @@ import numpy as np
 
 import jgptq
 from converters import FolderSink, load_hf
-from jgptq.presets import make_config
+from jgptq.settings.presets import make_config
 
 
 def setting(text: str) -> tuple[str, Any]:

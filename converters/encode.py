@@ -4,10 +4,10 @@ import numpy as np
 
 from converters.names import LEAVES
 from converters.shards import TensorSpec
-from jgptq.config import group_rows
 from jgptq.errors import ConfigError
+from jgptq.models.packed import PackedTensor
 from jgptq.notation import Array
-from jgptq.packed import PackedTensor
+from jgptq.settings.config import group_rows
 
 _INT32, _FLOAT16 = np.dtype(np.int32), np.dtype(np.float16)
 

@@ -13,10 +13,10 @@ from converters.checkpoint import Checkpoint, open_checkpoint, read_json, resolv
 from converters.encode import constant_words
 from converters.names import IGNORED, LEAVES, hf_module, leaves, unit_leaves
 from converters.quantization import declared_group_sizes, read_settings
-from jgptq.config import BITS, group_rows
 from jgptq.errors import ArchitectureError, CheckpointError
 from jgptq.models import Block, Decoder, Head, Linear, ModelConfig, Origin, RMSNorm, Unit, config_from_hf
-from jgptq.packed import PackedTensor, validate
+from jgptq.models.packed import PackedTensor, validate
+from jgptq.settings.config import BITS, group_rows
 from pallas_kernels.layout import pack_codes, unpack_codes
 
 Leaf = np.ndarray | PackedTensor

@@ -5,9 +5,9 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Literal, cast, get_args
 
-from jgptq.config import QuantizeConfig
 from jgptq.errors import CheckpointError, ConfigError
-from jgptq.rules import STORED, first_match, rules_from_dynamic, rules_to_dynamic, stored_rules
+from jgptq.settings.config import QuantizeConfig
+from jgptq.settings.rules import STORED, first_match, rules_from_dynamic, rules_to_dynamic, stored_rules
 
 Format = Literal["gptq", "gptq_v2", "float"]
 VERSION = "0.1.0"

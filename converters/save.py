@@ -16,12 +16,12 @@ from converters.encode import encode_float, encode_packed, float_specs, packed_s
 from converters.names import hf_module, leaves
 from converters.quantization import Format, check_format, quantization_config, reader_warnings
 from converters.shards import JOURNAL, ShardWriter, TensorSpec, partial_folder, refuse_existing
-from jgptq.config import QuantizeConfig
 from jgptq.errors import ConfigError, OutputError
 from jgptq.models import Decoder, config_to_hf
-from jgptq.packed import PackedTensor, RuntimeTensor
-from jgptq.plan import full_name
-from jgptq.rules import resolve
+from jgptq.models.packed import PackedTensor, RuntimeTensor
+from jgptq.run.plan import full_name
+from jgptq.settings.config import QuantizeConfig
+from jgptq.settings.rules import resolve
 
 COPIED = (
     "tokenizer.json",

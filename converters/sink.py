@@ -19,11 +19,11 @@ from converters.names import hf_module, leaves, unit_leaves
 from converters.quantization import HEAD, Format, check_format, quantization_config, reader_warnings
 from converters.save import encode_leaf, write_settings
 from converters.shards import JOURNAL, ShardWriter, TensorSpec, parse_size, partial_folder, refuse_existing
-from jgptq.config import QuantizeConfig
 from jgptq.errors import ConfigError, OutputError
 from jgptq.models import Decoder, Unit
-from jgptq.plan import settings_by_path
-from jgptq.summary import LinearReport, Report, row_to_dict
+from jgptq.run.plan import settings_by_path
+from jgptq.run.report import LinearReport, Report, row_to_dict
+from jgptq.settings.config import QuantizeConfig
 
 REPORT = "quantize_report.json"
 

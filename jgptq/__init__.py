@@ -1,12 +1,12 @@
 """GPTQ quantization of large language models in JAX."""
 
-from jgptq.calibration import calibration_tokens, evaluation_tokens
-from jgptq.config import QuantizeConfig, Rule
+from jgptq.data.tokens import calibration_tokens, evaluation_tokens
 from jgptq.errors import JgptqError
-from jgptq.perplexity import perplexity
-from jgptq.quantize import quantize
-from jgptq.serving import for_serving
-from jgptq.summary import Report
+from jgptq.evaluate.perplexity import perplexity
+from jgptq.models.serving import for_serving
+from jgptq.run.driver import quantize
+from jgptq.run.report import Report
+from jgptq.settings.config import QuantizeConfig, Rule
 
 __all__ = [
     "JgptqError",

@@ -4,8 +4,8 @@
 are `Given` or `Searched` on the way.
 """
 
-from pallas_kernels.gptq_block import gptq_block
-from pallas_kernels.gptq_plain import Arithmetic, BlockResult, Given, Search, Searched
-from pallas_kernels.matmul import int4_matmul
+from pallas_kernels.gptq_block.interface import gptq_block
+from pallas_kernels.gptq_block.reference import Arithmetic, BlockResult, Given, Search, Searched
+from pallas_kernels.int4_matmul.interface import int4_matmul
 
 __all__ = ["Arithmetic", "BlockResult", "Given", "Search", "Searched", "gptq_block", "int4_matmul"]

@@ -26,14 +26,15 @@ import jax
 import jax.numpy as jnp
 from common import RESULTS, circumstances, write_result
 
-from jgptq.config import Scale
+from jgptq.settings.config import Scale
 from jgptq.solver.grid import search_grid
-from pallas_kernels import Given, Searched, int4_decode, int4_mosaic
-from pallas_kernels.gptq_block import launched
-from pallas_kernels.int4_decode import Tiling
-from pallas_kernels.planes import TILE, Planes
-from pallas_kernels.rows import Rows, RowsKernel
-from pallas_kernels.tuning import BUCKETS, rule, table
+from pallas_kernels import Given, Searched
+from pallas_kernels.gptq_block.interface import launched
+from pallas_kernels.int4_matmul import mosaic, triton
+from pallas_kernels.int4_matmul.planes import TILE, Planes
+from pallas_kernels.int4_matmul.rows import Rows, RowsKernel
+from pallas_kernels.int4_matmul.triton import Tiling
+from pallas_kernels.int4_matmul.tuning import BUCKETS, rule, table
 
 NAME = "gpu_compile"
 OPERATIONS_PER_CODE = 1.5
@@ -58,7 +59,7 @@ def product_case(name: str, m: int, layout: Planes, dtype: Any, zeros: bool, til
     operands += [_S(shape, jnp.bfloat16), *([_S(shape, jnp.int8)] if zeros else [])]
 
     def function(x: jax.Array, words: jax.Array, scales: jax.Array, *zero: jax.Array) -> jax.Array:
-        return int4_decode.product(x, words, scales, zero[0] if zero else None, layout, tiling, interpret=False)
+        return triton.product(x, words, scales, zero[0] if zero else None, layout, tiling, interpret=False)
 
     codes = TILE * tiling.columns // (32 * tiling.warps)
     whole = layout.rows >= TILE and not zeros
@@ -75,7 +76,7 @@ def mosaic_case(m: int, group: int, dtype: Any, zeros: bool) -> Case:
 
     def function(x: jax.Array, codes: jax.Array, scales: jax.Array, *zero: jax.Array) -> jax.Array:
         kernel = RowsKernel(codes=codes, scales=scales, zeros=zero[0] if zero else None, order=None, layout=layout)
-        return int4_mosaic.product(x, kernel)
+        return mosaic.product(x, kernel)
 
     name = f"mosaic, M {m}, group {group}, zeros {zeros}, {jnp.dtype(dtype).name}"
     return Case(name, function, operands, "int4_mosaic")

@@ -3,9 +3,9 @@
     PYTHONPATH=.aot:. python benchmarks/gpu/tune_int4_matmul.py --prune      # needs no GPU: what compiles well, to a file
     PYTHONPATH=. python benchmarks/gpu/tune_int4_matmul.py                   # on a GPU: times what the file lists
 
-For each shape and bucket of rows `pallas_kernels.tuning.candidates` lists what may be tried. Pruning compiles each for an H200
-and drops what spills, what takes more registers than half a multiprocessor has, and what should have become wgmma and has not.
-The quickest of the rest, on cold weights, goes into `pallas_kernels/tunings.json` where it beats the rule by more than 3 %.
+For each shape and bucket of rows `tuning.candidates` lists what may be tried. Pruning compiles each for an H200 and drops what
+spills, what takes more registers than half a multiprocessor has, and what should have become wgmma and has not. The quickest of
+the rest, on cold weights, goes into `pallas_kernels/int4_matmul/tunings.json` where it beats the rule by more than 3 %.
 """
 
 import argparse
@@ -25,12 +25,12 @@ import jax
 import jax.numpy as jnp
 from bench_int4_matmul import COLD_BYTES, GROUP, SHAPES, random_kernel, seconds
 
-from pallas_kernels import int4_decode
-from pallas_kernels.int4_decode import Tiling
-from pallas_kernels.planes import Planes, RuntimeKernel
-from pallas_kernels.tuning import BUCKETS, candidates, key_of, rule
+from pallas_kernels.int4_matmul import triton
+from pallas_kernels.int4_matmul.planes import Planes, RuntimeKernel
+from pallas_kernels.int4_matmul.triton import Tiling
+from pallas_kernels.int4_matmul.tuning import BUCKETS, candidates, key_of, rule
 
-TABLE = Path(int4_decode.__file__).parent / "tunings.json"
+TABLE = Path(triton.__file__).parent / "tunings.json"
 LISTED = HERE.parent / "results" / "tuning_candidates.json"
 GAIN = 1.03
 REGISTERS = 65536 // 2
@@ -65,9 +65,7 @@ def program(kernels: list[RuntimeKernel], tiling: Tiling) -> Any:
     """A run through all copies of the weights."""
 
     def run(x: jax.Array, kernels: list[RuntimeKernel]) -> list[jax.Array]:
-        return [
-            int4_decode.product(x, one.qweight, one.scales, one.zeros, one.layout, tiling, interpret=False) for one in kernels
-        ]
+        return [triton.product(x, one.qweight, one.scales, one.zeros, one.layout, tiling, interpret=False) for one in kernels]
 
     return jax.jit(run)
 

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jgptq.config import QuantizeConfig
 from jgptq.models.block import Block
 from jgptq.models.config import ModelConfig
 from jgptq.models.layers import Embedding, Linear, RMSNorm
 from jgptq.notation import Float, Int
+from jgptq.settings.config import QuantizeConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jgptq.models.packed import PackedTensor, RuntimeTensor
 from jgptq.notation import Float, Int
-from jgptq.packed import PackedTensor, RuntimeTensor
 
 
 class Linear(nnx.Module):

@@ -3,10 +3,10 @@
 import jax
 import jax.numpy as jnp
 
-from jgptq.config import QuantizeConfig
 from jgptq.errors import ConfigError
 from jgptq.notation import Bool, Float, Int
-from jgptq.solver.cholesky import Factor
+from jgptq.settings.config import QuantizeConfig
+from jgptq.solver.linalg.cholesky import Factor
 from jgptq.solver.outcome import Outcome
 
 

@@ -8,13 +8,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jgptq.config import ROW_MULTIPLE, QuantizeConfig
 from jgptq.notation import Float, Int, UInt8
+from jgptq.settings.config import ROW_MULTIPLE, QuantizeConfig
 from jgptq.solver.grid import Grid, search_grid
-from jgptq.solver.triangular import product, transposed
+from jgptq.solver.linalg.triangular import product, transposed
 from pallas_kernels import BlockResult, Given, Search, Searched, gptq_block
-from pallas_kernels.gptq_block import MOST_ROWS
-from pallas_kernels.gptq_plain import PLAIN
+from pallas_kernels.gptq_block.interface import MOST_ROWS
+from pallas_kernels.gptq_block.reference import PLAIN
 
 _MAX_RUN = 4  # blocks
 
@@ -81,7 +81,7 @@ def compensate(
     loop's factor `H^-1 = U^T U`. So one triangular factorization serves; the published loop takes three times the work to U.
     What lies before a run of several blocks is multiplied for all its rows at once, for the sake of larger products.
 
-    Inside a block of up to 128 rows the published loop runs, `pallas_kernels.gptq_block`.
+    Inside a block of up to 128 rows the published loop runs, `pallas_kernels.gptq_block.interface`.
 
     Args:
       w_kn: `[K, N]`, in the solver's sequence.

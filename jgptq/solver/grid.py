@@ -5,10 +5,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jgptq.config import Scale
 from jgptq.notation import Float
+from jgptq.settings.config import Scale
 from pallas_kernels import Arithmetic
-from pallas_kernels.gptq_plain import PLAIN
+from pallas_kernels.gptq_block.reference import PLAIN
 
 MSE_EXPONENT = 2.4
 _COARSE, _FINE = 20, 80  # parts of the covering range

@@ -5,8 +5,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jgptq.config import Order
 from jgptq.notation import Float, Int
+from jgptq.settings.config import Order
 
 
 class RowOrder(NamedTuple):

@@ -10,11 +10,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jgptq.config import ROW_MULTIPLE
 from jgptq.notation import Float
+from jgptq.settings.config import ROW_MULTIPLE
 from jgptq.solver.compensate import solver_block
 from jgptq.solver.grid import Grid, storable
-from jgptq.solver.triangular import product
+from jgptq.solver.linalg.triangular import product
 
 _STEP = ROW_MULTIPLE
 SWEEPS = 2

@@ -7,14 +7,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jgptq.config import QuantizeConfig, group_rows
 from jgptq.errors import ConfigError
 from jgptq.notation import Float, Int, UInt8
-from jgptq.solver.cholesky import all_finite
+from jgptq.settings.config import QuantizeConfig, group_rows
 from jgptq.solver.compensate import Compensated
 from jgptq.solver.grid import nearest_codes, search_grid
+from jgptq.solver.linalg.cholesky import all_finite
+from jgptq.solver.linalg.triangular import product
 from jgptq.solver.outcome import Outcome
-from jgptq.solver.triangular import product
 
 _PANELS = 8  # of the Hessian in a loss: those below the diagonal mirror those above, and are not multiplied
 _LANES = 8

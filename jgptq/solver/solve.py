@@ -6,24 +6,24 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jgptq.config import QuantizeConfig, group_rows
 from jgptq.notation import Float, Int
+from jgptq.settings.config import QuantizeConfig, group_rows
 from jgptq.solver.checks import checked_size, examined, factor_outcome, solver_dtype
-from jgptq.solver.cholesky import (
+from jgptq.solver.compensate import Compensated, Rows, compensate, solver_block
+from jgptq.solver.grid import search_grid
+from jgptq.solver.linalg.cholesky import (
     added_damping,
     all_finite,
     damped_factor,
     diagonal,
     diagonal_blocks,
 )
-from jgptq.solver.compensate import Compensated, Rows, compensate, solver_block
-from jgptq.solver.grid import search_grid
+from jgptq.solver.linalg.triangular import backwards, inverse_product, inverse_transposed
 from jgptq.solver.order import RowOrder, in_sequence, inverse_permutation, row_order
 from jgptq.solver.outcome import Outcome
 from jgptq.solver.refine import SWEEPS, Refined, refine
 from jgptq.solver.solution import Solution, diagnose, output_loss, round_to_nearest, undamped_loss
 from jgptq.solver.target import gptaq_drift, qronos_start, shifted_target
-from jgptq.solver.triangular import backwards, inverse_product, inverse_transposed
 
 
 class Prepared(NamedTuple):

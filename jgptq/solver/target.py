@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from jgptq.notation import Float
-from jgptq.solver import triangular
-from jgptq.solver.triangular import product
+from jgptq.solver.linalg import triangular
+from jgptq.solver.linalg.triangular import product
 
 
 def shifted_target(

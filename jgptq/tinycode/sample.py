@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from converters import load_hf
-from jgptq.hostmem import to_device
 from jgptq.models import Decoder
+from jgptq.models.memory import to_device
 from jgptq.tinycode import FOLDER, SEQ_LEN
 
 

@@ -17,7 +17,7 @@ import jgptq
 from converters import load_hf, save_hf
 from jgptq import tinycode
 from jgptq.models import Decoder
-from jgptq.packed import PackedTensor
+from jgptq.models.packed import PackedTensor
 from jgptq.tinycode.corpus import stdlib_documents
 
 ROOT = Path(__file__).parents[2]

@@ -1,0 +1,1 @@
+"""What a person runs and looks at: the command line, the demonstration, tables."""

@@ -1,0 +1,5 @@
+"""What a person looks at."""
+
+from jgptq.app.report.table import Variant, comparison_table, linear_table
+
+__all__ = ["Variant", "comparison_table", "linear_table"]

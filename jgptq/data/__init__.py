@@ -1,0 +1,1 @@
+"""Text and tokens to calibrate on and to measure with."""

@@ -1,5 +1,0 @@
-"""What a person looks at."""
-
-from jgptq.report.table import Variant, comparison_table, linear_table
-
-__all__ = ["Variant", "comparison_table", "linear_table"]

@@ -1,0 +1,1 @@
+"""The main job: a decoder quantized block by block."""

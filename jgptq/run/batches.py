@@ -1,0 +1,146 @@
+"""The calibration batches on their way through the decoder, and the Hessians of what its stages read."""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jgptq.data.tokens import check_tokens
+from jgptq.errors import CalibrationError, ConfigError
+from jgptq.models import Carry, Decoder, Unit
+from jgptq.models.memory import to_device
+from jgptq.notation import Array
+from jgptq.settings.config import QuantizeConfig
+from jgptq.solver.drift import StageSums, accumulate_drift, empty_drift
+from jgptq.solver.hessian import accumulate, empty
+
+CPU_BATCH_TOKENS = 1024
+BATCH_TOKENS = 4096
+"""Tokens in one calibration batch, unless a single sample is longer. What a batch makes on its way through a stage should fit a
+CPU's cache, and fill a GPU."""
+
+
+class Batch(NamedTuple):
+    """A calibration batch on its way."""
+
+    carry: Carry  # through the quantized blocks
+    reference: Carry | None  # through the float ones; None where nothing looks at it
+
+
+def cut_batches(params: Decoder, calib: Array | None, batch_size: int | None, config: QuantizeConfig) -> list[np.ndarray]:
+    """The calibration tokens, checked and cut into batches of one shape, so that every program is compiled once.
+
+    Args:
+      params: the decoder.
+      calib: int32 token ids `[samples, seq_len]`; None for a method that needs none.
+      batch_size: samples in a batch, or None for the default; made smaller until it divides the samples.
+      config: the run's settings.
+
+    Returns:
+      Batches `[b, seq_len]`.
+
+    Raises:
+      ConfigError: batch_size is less than one.
+      CalibrationError: tokens that are missing, empty, or outside the vocabulary.
+    """
+    if calib is None:
+        if config.needs_tokens:
+            raise CalibrationError(
+                f"method {config.method!r} with scale {config.grid_search!r} and {config.tune} passes of tuning needs "
+                "calibration tokens; see jgptq.calibration_tokens"
+            )
+        return []
+    tokens = np.asarray(calib)
+    if tokens.ndim != 2:
+        raise CalibrationError(f"calibration tokens must be [samples, seq_len], found shape {list(tokens.shape)}")
+    check_tokens(tokens, params.config.vocab_size, "calibration tokens")
+    samples, length = tokens.shape
+    if batch_size is not None and batch_size < 1:
+        raise ConfigError(f"batch_size must be at least 1, found {batch_size}")
+    at_once = CPU_BATCH_TOKENS if jax.default_backend() == "cpu" else BATCH_TOKENS
+    limit = max(1, at_once // length) if batch_size is None else batch_size
+    rows = max(size for size in range(1, min(limit, samples) + 1) if samples % size == 0)
+    return [tokens[start : start + rows].astype(np.int32) for start in range(0, samples, rows)]
+
+
+def embed(params: Decoder, batches: Sequence[np.ndarray], *, reference: bool) -> list[Batch]:
+    """Every batch before the first block, where the quantized and the float stream are still the same."""
+    if not batches:
+        return []
+    table = to_device(params.embed_tokens)
+    carries = [Carry(_embed(table, jnp.asarray(tokens), params.config.compute_dtype)) for tokens in batches]
+    return [Batch(carry, carry if reference else None) for carry in carries]
+
+
+_embed = jax.jit(lambda module, tokens, dtype: module(tokens, dtype), static_argnums=2)
+
+
+def observe(work: Unit, reference: Unit, batches: Sequence[Batch], stage: int, *, drift: bool) -> StageSums:
+    """Sums over all batches what a stage's linears read.
+
+    Args:
+      work: the block that is quantized, on the device.
+      reference: the float block, likewise.
+      batches: as they enter the stage.
+      stage: which of the block's stages.
+      drift: whether the stage's solve looks at the float model.
+    """
+    total = _empty(work, batches, stage, drift)
+    for batch in batches:
+        total = _observe(work, reference, batch, total, stage=stage)
+    return total
+
+
+def advance(
+    work: Unit, reference: Unit, batches: list[Batch], stage: int, *, observe_next: bool, drift: bool
+) -> StageSums | None:
+    """Moves every batch through a stage, in place, so that only one batch exists twice at a time.
+
+    Args:
+      work: the block, on the device, with the kernels that the stage goes on with.
+      reference: the float block, likewise.
+      batches: as they enter the stage; as they leave it, afterwards.
+      stage: which of the block's stages.
+      observe_next: whether to sum what the next stage reads, as `observe` would, on the way.
+      drift: whether the next stage's solve looks at the float model.
+
+    Returns:
+      Those sums, or None.
+    """
+    total = _empty(work, batches, stage + 1, drift) if observe_next else None
+    for index, batch in enumerate(batches):
+        batches[index], total = _advance(work, reference, batch, total, stage=stage)
+    return total
+
+
+def _empty(work: Unit, batches: Sequence[Batch], number: int, drift: bool) -> StageSums:
+    stage = work.stages()[number]
+    k = stage.linears[0].kernel.get_value().shape[0]
+    width = batches[0].carry.residual.shape[-1] if stage.adds else None
+    return StageSums(empty(k), empty_drift(k, width) if drift else None)
+
+
+def _accumulate(work: Unit, reference: Unit, batch: Batch, total: StageSums, stage: int) -> StageSums:
+    h = work.stages()[stage].inputs(batch.carry)
+    drift = total.drift
+    if drift is not None and batch.reference is not None:
+        h_float = reference.stages()[stage].inputs(batch.reference)
+        lost = batch.reference.residual.astype(jnp.float32) - batch.carry.residual.astype(jnp.float32)
+        drift = accumulate_drift(drift, h, h_float, lost)
+    return StageSums(accumulate(total.hessian, h), drift)
+
+
+@functools.partial(jax.jit, static_argnames="stage", donate_argnames="total")
+def _observe(work: Unit, reference: Unit, batch: Batch, total: StageSums, *, stage: int) -> StageSums:
+    return _accumulate(work, reference, batch, total, stage)
+
+
+@functools.partial(jax.jit, static_argnames="stage", donate_argnames="total")
+def _advance(work: Unit, reference: Unit, batch: Batch, total: StageSums | None, *, stage: int) -> tuple[Batch, StageSums | None]:
+    carry = work.stages()[stage](batch.carry)
+    beside = None if batch.reference is None else reference.stages()[stage](batch.reference)
+    batch = Batch(carry, beside)
+    return batch, None if total is None else _accumulate(work, reference, batch, total, stage + 1)

@@ -1,0 +1,157 @@
+"""Which linears of a decoder a run packs and how, which stay float and why, decided from shapes alone before anything is read."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+from jgptq.errors import ConfigError
+from jgptq.models import Decoder, Head, Stage, Unit
+from jgptq.settings.config import QuantizeConfig, fitting_group_sizes, group_rows, packable
+from jgptq.settings.rules import first_match, resolve, without_effect
+
+
+@dataclasses.dataclass(frozen=True)
+class StagePlan:
+    """What happens to one stage of a block."""
+
+    names: tuple[str, ...]  # dotted paths of its linears within the block
+    kept_float: str | None  # the reason why all of them stay float, or None: all are packed
+    config: QuantizeConfig  # the settings of all of them, without rules; those of the run where they stay float
+
+
+Plan = tuple[StagePlan, ...]
+
+
+def units(params: Decoder, config: QuantizeConfig) -> list[Unit]:
+    """What a run quantizes one after the other: the blocks, and the head where it is asked for.
+
+    Raises:
+      ConfigError: the head is asked for, and is tied to the embedding.
+    """
+    if not config.lm_head:
+        return list(params.layers)
+    if params.lm_head is None:
+        message = (
+            "lm_head=True (--lm-head): this model's output projection is its embedding (tie_word_embeddings), which stays float"
+        )
+        raise ConfigError(f"{message}; untie them in the checkpoint first, or leave the head out")
+    return [*params.layers, Head(params.norm, params.lm_head)]
+
+
+def unit_prefix(unit: Unit, index: int) -> str:
+    """What stands before the names of a unit's linears to make paths in the decoder of them."""
+    return "" if isinstance(unit, Head) else f"layers.{index}."
+
+
+def plan_decoder(params: Decoder, config: QuantizeConfig) -> list[Plan]:
+    """The plan of every block, and of the head where it is asked for.
+
+    Args:
+      params: the decoder; only shapes of its leaves are looked at.
+      config: the run's settings.
+
+    Returns:
+      A plan for each of `units`.
+
+    Raises:
+      ConfigError: linears that are fused when served get different settings, a linear that would be packed has a K that its group
+        size does not divide, no linear can be packed, or the head is asked for and is tied to the embedding.
+    """
+    parts = units(params, config)
+    plans = [_plan_unit(unit, unit_prefix(unit, index), config) for index, unit in enumerate(parts)]
+    if not any(decision.kept_float is None for plan in plans for decision in plan):
+        raise ConfigError(f"no linear can be packed: {plans[0][0].kept_float if plans else 'the decoder has no blocks'}")
+    sizes: dict[int, dict[int, str]] = {}
+    for path, stage, decision in _packed_stages(parts, plans):
+        sizes.setdefault(decision.config.group_size, {}).setdefault(_features(stage), path)
+    problems = []
+    for group_size, paths in sizes.items():
+        if unfit := [f"{path} has K={k}" for k, path in paths.items() if k % group_rows(k, group_size)]:
+            which = "every linear" if len(sizes) == 1 else "every linear of these settings"
+            fitting = ", ".join(str(size) for size in fitting_group_sizes(list(paths)))
+            problems.append(f"group_size {group_size} does not divide K: {'; '.join(unfit)}. Sizes that fit {which}: {fitting}")
+    if problems:
+        raise ConfigError("; ".join(problems))
+    return plans
+
+
+def settings_by_path(params: Decoder, config: QuantizeConfig) -> dict[str, QuantizeConfig | None]:
+    """The settings of every linear that a run goes through, by its path in the decoder; None where it stays float.
+
+    Raises:
+      ConfigError: as `plan_decoder`.
+    """
+    found: dict[str, QuantizeConfig | None] = {}
+    for index, (unit, plan) in enumerate(zip(units(params, config), plan_decoder(params, config), strict=True)):
+        for decision in plan:
+            settings = decision.config if decision.kept_float is None else None
+            found |= {unit_prefix(unit, index) + name: settings for name in decision.names}
+    return found
+
+
+def idle_rules(params: Decoder, config: QuantizeConfig) -> list[str]:
+    """A sentence on each rule that has no effect on the model."""
+    parts = enumerate(units(params, config))
+    return without_effect(
+        config,
+        [full_name(unit_prefix(unit, index) + name) for index, unit in parts for stage in unit.stages() for name in stage.names],
+    )
+
+
+def packed_widths(params: Decoder, config: QuantizeConfig, plans: Sequence[Plan]) -> dict[tuple[int, QuantizeConfig], list[int]]:
+    """The out-features of every stage that is packed, all its linears together, by the in-features that it reads and settings."""
+    widths: dict[tuple[int, QuantizeConfig], list[int]] = {}
+    for _, stage, decision in _packed_stages(units(params, config), plans):
+        total = sum(linear.kernel.get_value().shape[1] for linear in stage.linears)
+        widths.setdefault((_features(stage), decision.config), []).append(total)
+    return widths
+
+
+def full_name(path: str) -> str:
+    """The name in the checkpoint, which rules see, of the linear at a path in the decoder: the same for all architectures."""
+    return path if path == "lm_head" else f"model.{path}"
+
+
+def _plan_unit(unit: Unit, prefix: str, config: QuantizeConfig) -> Plan:
+    """Decides stage by stage: the linears of a stage are fused when served, so one that cannot be packed keeps all float."""
+    return tuple(_plan_stage(stage, prefix, config) for stage in unit.stages())
+
+
+def _plan_stage(stage: Stage, prefix: str, config: QuantizeConfig) -> StagePlan:
+    full = [full_name(prefix + name) for name in stage.names]
+    settings = {name: resolve(config, name) for name in full}
+    agreed, *others = set(settings.values())
+    if others:
+        each = "; ".join(f"{name}: {_described(config, name)}" for name in full)
+        why = "they read the same activations, so one solve serves them all, and readers fuse them into one matrix"
+        raise ConfigError(f"the rules give {', '.join(stage.names)} different settings, and {why}; give them the same: {each}")
+    if agreed is None:
+        rule = first_match(config.rules, full[0])
+        return StagePlan(stage.names, f"skipped by rule {rule.pattern if rule else ''!r}", config.with_rule(None))
+    reasons = {}
+    for name, linear in zip(stage.names, stage.linears, strict=True):
+        if reason := packable(*linear.kernel.get_value().shape):
+            reasons[name] = reason
+    kept = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    return StagePlan(stage.names, kept or None, agreed)
+
+
+def _described(config: QuantizeConfig, name: str) -> str:
+    """What the rules make of a linear, in words."""
+    rule = first_match(config.rules, name)
+    if rule is None:
+        return "the run's settings, no rule matches"
+    changes = ", ".join(f"{key}={value}" for key, value in rule.overrides.items()) or "the run's settings"
+    return f"{'skipped' if rule.skip else changes} by rule {rule.pattern!r}"
+
+
+def _packed_stages(parts: Sequence[Unit], plans: Sequence[Plan]) -> Iterator[tuple[str, Stage, StagePlan]]:
+    """The stages that are packed: the path of the first linear, the stage, and its plan."""
+    for index, (unit, plan) in enumerate(zip(parts, plans, strict=True)):
+        for stage, decision in zip(unit.stages(), plan, strict=True):
+            if decision.kept_float is None:
+                yield unit_prefix(unit, index) + stage.names[0], stage, decision
+
+
+def _features(stage: Stage) -> int:
+    """K, the features that the stage's linears read."""
+    return stage.linears[0].kernel.get_value().shape[0]

@@ -1,0 +1,203 @@
+"""The linears of a stage, solved as tiles of one wide matrix.
+
+Linears that read the same activations share a Hessian, so that their kernels, side by side, are one problem. It is cut into
+tiles of equally many columns: memory does not grow with the width of the stage, and one compiled program serves all stages
+that read equally many features.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jgptq.models.packed import PackedTensor, pack
+from jgptq.notation import Array, Float, Int
+from jgptq.settings.config import ROW_MULTIPLE, QuantizeConfig
+from jgptq.solver import Prepared, judge_columns, prepare, round_to_nearest
+from jgptq.solver.drift import StageSums, mean_drift
+from jgptq.solver.hessian import hessian
+
+Part = TypeVar("Part", jax.Array, np.ndarray)
+_CPU_COLUMNS = 4096
+_COLUMNS = 32768
+_STEPS_IN_COLUMNS = 1024  # a tile's steps take as long as this many columns, on a CPU
+
+
+class SolvedLinear(NamedTuple):
+    """What files and reports hold of one linear, or of a tile of columns."""
+
+    packed: PackedTensor
+    loss_n: Float[Array, " N"]
+    rtn_loss_n: Float[Array, " N"]
+
+
+class SolvedStage(NamedTuple):
+    """The linears of a stage, in its order."""
+
+    linears: list[SolvedLinear]  # in host memory
+    kernels: list[Float[jax.Array, "K N"]]  # what the model goes on with: expanded, in the dtype that it computes in
+    damping: Float[jax.Array, ""]
+    outcome: Int[Array, ""]  # the worst of the tiles, an `Outcome`
+
+
+def tile_columns(widths: Sequence[int]) -> int:
+    """Columns in a tile, the same for all stages that read the same number of features.
+
+    A tile takes a time of its own for the steps of the solver's loop, whatever its width, and then some for each column: the
+    width is chosen for which all tiles together take least. Too wide tiles cost memory, and columns computed for nothing.
+
+    Args:
+      widths: the out-features of each such stage, all its linears together.
+
+    Returns:
+      The width of a tile, a multiple of 32.
+    """
+    most = _CPU_COLUMNS if jax.default_backend() == "cpu" else _COLUMNS
+    parts = {_round_up(-(-width // count)) for width in widths for count in range(-(-width // most), 9)}
+
+    def cost(columns: int) -> int:
+        return sum(-(-width // columns) for width in widths) * (columns + _STEPS_IN_COLUMNS)
+
+    return min((columns for columns in parts if columns <= most), key=cost, default=most)
+
+
+def _round_up(columns: int) -> int:
+    return -(-columns // ROW_MULTIPLE) * ROW_MULTIPLE
+
+
+class PreparedStage(NamedTuple):
+    """What all columns of a stage share, and what the residual stream lost before they are added to it."""
+
+    shared: Prepared
+    residual_kd: Float[jax.Array, "K D"] | None
+
+
+def prepare_stage(total: StageSums, config: QuantizeConfig) -> PreparedStage:
+    """The Hessian of the sums, prepared for all columns that read what was summed."""
+    with _precision(config):
+        return _prepare_stage(total, config)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _prepare_stage(total: StageSums, config: QuantizeConfig) -> PreparedStage:
+    drift_kk, residual_kd = (None, None) if total.drift is None else mean_drift(total.drift)
+    shared = prepare(hessian(total.hessian), config, drift_kk)
+    return PreparedStage(shared, residual_kd if config.shifts_residual else None)
+
+
+def _precision(config: QuantizeConfig) -> contextlib.AbstractContextManager[object]:
+    return jax.enable_x64(True) if config.float64 else contextlib.nullcontext()
+
+
+def solve_stage(
+    kernels: tuple[Float[jax.Array, "K N"], ...],
+    prepared: PreparedStage | None,
+    config: QuantizeConfig,
+    *,
+    columns: int,
+    dtype: jnp.dtype,
+) -> SolvedStage:
+    """Quantizes kernels on the Hessian that they share.
+
+    Args:
+      kernels: `[K, N_i]`, of any float dtype.
+      prepared: from `prepare_stage`; None only for method "rtn", whose losses are then NaN.
+      config: the run's settings.
+      columns: width of a tile, from `tile_columns`.
+      dtype: of the expanded kernels.
+
+    Returns:
+      The solved stage.
+    """
+    widths = tuple(kernel.shape[1] for kernel in kernels)
+    starts = _starts(sum(widths), columns)
+    shared, residual_kd = (None, None) if prepared is None else prepared
+    residuals = [None] * len(starts) if residual_kd is None else _cut((residual_kd,), starts, columns)
+    with _precision(config):
+        tiles = [
+            _solve_tile(tile, shared, residual_kn, config, dtype)
+            for tile, residual_kn in zip(_cut(kernels, starts, columns), residuals, strict=True)
+        ]
+    return SolvedStage(
+        linears=_join([jax.device_get(tile.linear) for tile in tiles], starts, widths),
+        kernels=_join_kernels([tile.kernel for tile in tiles], starts, widths),
+        damping=tiles[0].damping,
+        outcome=np.max([tile.outcome for tile in tiles]),
+    )
+
+
+class _Tile(NamedTuple):
+    linear: SolvedLinear
+    kernel: jax.Array
+    damping: jax.Array
+    outcome: jax.Array
+
+
+@functools.partial(jax.jit, static_argnames=("config", "dtype"))
+def _solve_tile(
+    w_kn: jax.Array, prepared: Prepared | None, residual_kn: jax.Array | None, config: QuantizeConfig, dtype: jnp.dtype
+) -> _Tile:
+    """All that is computed for a tile between the Hessian's factor and the packed result, as one program."""
+    solution = round_to_nearest(w_kn, config) if prepared is None else judge_columns(w_kn, prepared, config, residual_kn)
+    packed = pack(
+        solution.codes_kn,
+        solution.scale_gn,
+        None if config.sym else solution.zero_gn,
+        solution.group_k,
+        bits=config.bits,
+        group_size=config.group_size,
+    )
+    rtn_loss_n = solution.loss_n if solution.rtn_loss_n is None else solution.rtn_loss_n
+    linear = SolvedLinear(packed, solution.loss_n, rtn_loss_n)
+    return _Tile(linear, solution.dequantize().astype(dtype), solution.damping, solution.outcome)
+
+
+def _starts(width: int, columns: int) -> tuple[int, ...]:
+    """Where each tile begins. The last one ends with the matrix and may overlap the one before, whose columns it repeats."""
+    return (*range(0, width - columns, columns), max(0, width - columns))
+
+
+@functools.partial(jax.jit, static_argnames=("starts", "columns"))
+def _cut(kernels: tuple[jax.Array, ...], starts: tuple[int, ...], columns: int) -> list[jax.Array]:
+    """The tiles of the kernels side by side, float32; zeros fill up what is narrower than a tile."""
+    wide_kn = jnp.concatenate(kernels, axis=1)
+    wide_kn = jnp.pad(wide_kn, ((0, 0), (0, max(0, columns - wide_kn.shape[1]))))
+    return [wide_kn[:, start : start + columns].astype(jnp.float32) for start in starts]
+
+
+def _join(tiles: list[SolvedLinear], starts: tuple[int, ...], widths: tuple[int, ...]) -> list[SolvedLinear]:
+    """The linears that tiles were cut from."""
+    k, columns = tiles[0].packed.shape
+    order = tiles[0].packed.order
+    tiles = [tile._replace(packed=dataclasses.replace(tile.packed, order=None)) for tile in tiles]
+    parts = [
+        _resplit(np.concatenate, leaves, starts, widths, columns) for leaves in zip(*map(jax.tree.leaves, tiles), strict=True)
+    ]
+    linears = [jax.tree.unflatten(jax.tree.structure(tiles[0]), part) for part in zip(*parts, strict=True)]
+    shapes = [(k, width) for width in widths]
+    return [
+        linear._replace(packed=dataclasses.replace(linear.packed, order=order, shape=shape))
+        for linear, shape in zip(linears, shapes, strict=True)
+    ]
+
+
+@functools.partial(jax.jit, static_argnames=("starts", "widths"))
+def _join_kernels(kernels: list[jax.Array], starts: tuple[int, ...], widths: tuple[int, ...]) -> list[jax.Array]:
+    return _resplit(jnp.concatenate, kernels, starts, widths, kernels[0].shape[1])
+
+
+def _resplit(
+    concatenate: Callable[..., Part], tiles: Sequence[Part], starts: tuple[int, ...], widths: tuple[int, ...], columns: int
+) -> list[Part]:
+    """Cuts tiles anew, into parts of these widths, along their last axis: columns, or `bits/32` of them in packed zero points."""
+    total, size = sum(widths), tiles[0].shape[-1]
+    ends = (*starts[1:], total)
+    used = [tile[..., : (end - start) * size // columns] for tile, start, end in zip(tiles, starts, ends, strict=True)]
+    wide, bounds = concatenate(used, axis=-1), [sum(widths[:index]) * size // columns for index in range(len(widths) + 1)]
+    return [wide[..., first:last] for first, last in itertools.pairwise(bounds)]

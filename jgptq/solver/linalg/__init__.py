@@ -1,0 +1,1 @@
+"""Triangular systems and the factor of the damped Hessian."""

@@ -1,0 +1,1 @@
+"""The sum over tokens, the factorization and the solve on several devices."""

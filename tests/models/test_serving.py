@@ -1,0 +1,64 @@
+"""A decoder in the runtime layout computes what the one that it was made from does."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+import jgptq
+from converters import save_hf
+from jgptq.errors import ConfigError
+from jgptq.models.packed import PackedTensor, RuntimeTensor
+
+_logits = jax.jit(lambda model, tokens: model(tokens))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "rtn", "bits": 8, "sym": False, "group_size": -1},
+        {"preset": "fast", "bits": 4, "order": "desc_act", "group_size": 32, "rules": {r"+:.*o_proj": {"bits": 3}}},
+    ],
+)
+@pytest.mark.filterwarnings("ignore:vLLM refuses")
+def test_logits_stay_and_files_are_refused(settings, tmp_path):
+    calib = tiny.tokens()
+    quantized, _ = jgptq.quantize(tiny.decoder(qkv_bias=True), calib, **settings)
+    served = jgptq.for_serving(quantized)
+    tokens = jnp.asarray(calib[:2])
+    np.testing.assert_allclose(_logits(served, tokens), _logits(quantized, tokens), atol=1e-4)
+    for block, original in zip(served.layers, quantized.layers, strict=True):
+        assert isinstance(block.self_attn.o_proj.kernel.get_value(), PackedTensor if "rules" in settings else RuntimeTensor)
+        assert isinstance(block.mlp.down_proj.kernel.get_value(), RuntimeTensor)
+        for stage, parts in zip(block.stages(), original.stages(), strict=True):
+            kernels = [linear.kernel.get_value() for linear in parts.linears]
+            if len(kernels) > 1:
+                assert stage.fused is not None
+                assert not stage.linears
+                beside = jnp.concatenate([kernel.dequantize() for kernel in kernels], axis=1)
+                np.testing.assert_array_equal(stage.fused.linear.kernel.get_value().dequantize(), beside)
+    assert not hasattr(served.layers[0].self_attn, "q_proj")
+    with pytest.raises(ConfigError, match="runtime layout, which files do not hold; save what `for_serving` was given"):
+        save_hf(served, tmp_path / "out")
+
+
+@pytest.mark.filterwarnings("ignore:vLLM refuses")
+def test_what_differs_stays_apart():
+    """Files of others may hold q, k and v of their own order."""
+    calib = tiny.tokens()
+    quantized, _ = jgptq.quantize(tiny.decoder(), calib, preset="fast", bits=4, order="desc_act", group_size=32)
+    k_proj = quantized.layers[0].self_attn.k_proj
+    kernel = k_proj.kernel.get_value()
+    k_proj.kernel.set_value(dataclasses.replace(kernel, order=jnp.roll(kernel.order, 1)))
+    served = jgptq.for_serving(quantized)
+    assert [block.self_attn.qkv is None for block in served.layers] == [True] + [False] * (len(served.layers) - 1)
+    tokens = jnp.asarray(calib[:2])
+    np.testing.assert_allclose(_logits(served, tokens), _logits(quantized, tokens), atol=1e-4)
+
+
+def test_a_float_decoder_has_nothing_to_convert():
+    with pytest.raises(ConfigError, match="is not quantized"):
+        jgptq.for_serving(tiny.decoder())

@@ -1,0 +1,384 @@
+"""The driver: what it solves, on what inputs, and what it does when something is wrong."""
+
+import dataclasses
+import re
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+import jgptq
+from converters import FolderSink, load_hf, save_hf
+from converters.shards import ShardWriter
+from jgptq.errors import CalibrationError, ConfigError, NumericalError, OutputError
+from jgptq.models import Block, Carry
+from jgptq.models.packed import PackedTensor
+from jgptq.solver import solve
+from jgptq.solver.hessian import accumulate, empty, hessian
+
+DRIVER = sys.modules["jgptq.run.driver"]  # the package exports its function under the same name
+SOLVING = sys.modules["jgptq.run.tiles"]
+SETTINGS = {"bits": 3, "group_size": 32}
+pytestmark = pytest.mark.filterwarnings("ignore:vLLM refuses 3-bit")
+
+
+def linears(block: Block) -> dict:
+    return {name: linear for stage in block.stages() for name, linear in zip(stage.names, stage.linears, strict=True)}
+
+
+def same_leaves(left, right) -> bool:
+    pairs = zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True)
+    return all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in pairs)
+
+
+def test_every_linear_is_solved_on_what_the_quantized_layers_before_it_produce():
+    """A forward pass by hand, layer by layer over all samples at once, gives the driver's codes."""
+    params, calib = tiny.decoder(), tiny.tokens()
+    quantized, _ = jgptq.quantize(params, calib, preset="fast", **SETTINGS)
+    carry = Carry(params.embed(jnp.asarray(calib)))
+    for block, packed in zip(params.layers, quantized.layers, strict=True):
+        for stage, done in zip(block.stages(), packed.stages(), strict=True):
+            h_kk = hessian(accumulate(empty(stage.inputs(carry).shape[-1]), stage.inputs(carry)))
+            for linear, other in zip(stage.linears, done.linears, strict=True):
+                w_kn = jnp.asarray(linear.kernel.get_value(), jnp.float32)
+                expected = solve(w_kn, h_kk, jgptq.QuantizeConfig(**SETTINGS)).dequantize()
+                found = other.kernel.get_value().dequantize()
+                assert np.mean(np.abs(np.asarray(found - expected)) > 1e-5) < 0.02
+            carry = done.combine(carry, [linear(stage.inputs(carry)) for linear in done.linears])
+
+
+def test_report_has_a_row_per_linear_with_losses_below_rtn():
+    _, report = jgptq.quantize(tiny.decoder(), tiny.tokens(), **SETTINGS)
+    assert [row.name for row in report.rows][:3] == [f"layers.0.self_attn.{name}_proj" for name in "qkv"]
+    assert len(report.rows) == 14
+    for row in report.rows:
+        assert row.outcome == "SOLVED"
+        assert 0 < row.loss < row.rtn_loss
+        assert row.tokens == 24 * 16
+        assert row.damping == pytest.approx(0.01)
+    assert report.worse_than_rtn == ()
+
+
+@pytest.mark.parametrize("changes", [{"tie_word_embeddings": True}, {"qkv_bias": True, "mlp_bias": True}, {"qk_norm": True}])
+def test_only_kernels_of_blocks_change(changes: dict):
+    params = tiny.decoder(**changes)
+    quantized, _ = jgptq.quantize(params, tiny.tokens(), **SETTINGS)
+    for left, right in ((params.embed_tokens, quantized.embed_tokens), (params.norm, quantized.norm)):
+        assert same_leaves(left, right)
+    for before, after in zip(params.layers, quantized.layers, strict=True):
+        for name, linear in linears(after).items():
+            assert isinstance(linear.kernel.get_value(), PackedTensor)
+            if linear.bias is not None:
+                np.testing.assert_array_equal(linear.bias.get_value(), linears(before)[name].bias.get_value())
+
+
+def test_gptq_keeps_the_logits_closer_than_rounding():
+    params, calib = tiny.decoder(), tiny.tokens(64)
+    held_out = jnp.asarray(tiny.tokens(16, seed=9))
+    gptq, _ = jgptq.quantize(params, calib, **SETTINGS)
+    rtn, _ = jgptq.quantize(params, method="rtn", **SETTINGS)
+    errors = [float(jnp.linalg.norm((model(held_out) - params(held_out)).reshape(-1))) for model in (gptq, rtn)]
+    assert errors[0] < 0.95 * errors[1]
+
+
+def test_batch_size_does_not_matter_beyond_rounding():
+    # Where targets are shifted, one code that falls the other way at a tie moves all targets after it a little.
+    params, calib, settings = tiny.decoder(), tiny.tokens(), SETTINGS | {"preset": "fast"}
+    one, _ = jgptq.quantize(params, calib, batch_size=1, **settings)
+    all_at_once, _ = jgptq.quantize(params, calib, batch_size=24, **settings)
+    for left, right in zip(one.layers, all_at_once.layers, strict=True):
+        for name, linear in linears(left).items():
+            difference = linear.kernel.get_value().dequantize() - linears(right)[name].kernel.get_value().dequantize()
+            assert float(jnp.mean((jnp.abs(difference) > 1e-5).astype(jnp.float32))) < 0.02
+
+
+def test_bfloat16_activations_cost_little():
+    calib = tiny.tokens(64)
+    wide, _ = jgptq.quantize(tiny.decoder(), calib, **SETTINGS)
+    narrow, report = jgptq.quantize(tiny.decoder(dtype=jnp.bfloat16), calib, **SETTINGS)
+    assert narrow.embed(jnp.asarray(calib[:1])).dtype == jnp.float32  # the leaves' dtype is not the activations'
+    params = tiny.decoder()
+    params.config = dataclasses.replace(params.config, dtype="bfloat16")
+    narrow, report = jgptq.quantize(params, calib, **SETTINGS)
+    assert narrow.embed(jnp.asarray(calib[:1])).dtype == jnp.bfloat16
+    held_out = jnp.asarray(tiny.tokens(16, seed=9))
+    exact = tiny.decoder()(held_out)
+    errors = [float(jnp.linalg.norm((model(held_out) - exact).reshape(-1))) for model in (wide, narrow)]
+    assert errors[1] < 1.2 * errors[0]
+    assert not any(row.outcome != "SOLVED" for row in report.rows)
+
+
+def test_blocks_of_one_shape_share_one_compilation():
+    params = tiny.decoder(num_hidden_layers=4, layer_windows=(None,) * 4)
+    jgptq.quantize(tiny.decoder(), tiny.tokens(), **SETTINGS)
+    before = SOLVING._solve_tile._cache_size()
+    jgptq.quantize(params, tiny.tokens(), **SETTINGS)
+    assert SOLVING._solve_tile._cache_size() == before
+
+
+def test_rtn_needs_no_tokens_and_gptq_does():
+    _, report = jgptq.quantize(tiny.decoder(), method="rtn", **SETTINGS)
+    assert {row.outcome for row in report.rows} == {"ROUNDED"}
+    assert all(row.loss is None and row.tokens == 0 for row in report.rows)
+    with pytest.raises(CalibrationError, match="needs calibration tokens"):
+        jgptq.quantize(tiny.decoder(), **SETTINGS)
+
+
+def test_a_linear_of_an_odd_width_stays_float_with_all_of_its_stage_and_is_named():
+    params = tiny.decoder(intermediate_size=100)
+    quantized, report = jgptq.quantize(params, tiny.tokens(), **SETTINGS)
+    assert {row.name.rpartition(".")[2] for row in report.kept_float} == {"gate_proj", "up_proj", "down_proj"}
+    assert all("100 is not a multiple of 32" in row.note for row in report.kept_float)
+    assert same_leaves(params.layers[1].mlp, quantized.layers[1].mlp)
+
+
+def test_a_group_size_that_does_not_fit_is_refused_with_those_that_do():
+    with pytest.raises(ConfigError, match=r"K=64.*Sizes that fit every linear: -1, 32$"):
+        jgptq.quantize(tiny.decoder(), tiny.tokens(), group_size=128)
+
+
+def test_a_decoder_without_a_packable_linear_is_refused():
+    with pytest.raises(ConfigError, match="no linear can be packed"):
+        jgptq.quantize(tiny.decoder(hidden_size=60, intermediate_size=100), tiny.tokens(), group_size=32)
+
+
+@pytest.mark.parametrize(
+    ("calib", "message"),
+    [
+        (np.full((4, 8), tiny.VOCAB), r"ids in \[0, 96\)"),
+        (np.full((4, 8), -1), r"ids in \[0, 96\)"),
+        (np.zeros((0, 8), np.int32), "no tokens at all"),
+        (np.zeros(8, np.int32), r"must be \[samples, seq_len\]"),
+    ],
+)
+def test_tokens_that_cannot_be_used_are_refused(calib: np.ndarray, message: str):
+    with pytest.raises(CalibrationError, match=message):
+        jgptq.quantize(tiny.decoder(), calib, **SETTINGS)
+
+
+def test_unknown_settings_are_refused_with_those_known():
+    with pytest.raises(ConfigError, match="unknown settings groupsize; known are preset, bits, group_size"):
+        jgptq.quantize(tiny.decoder(), tiny.tokens(), groupsize=32)
+    with pytest.raises(ConfigError, match="not both"):
+        jgptq.quantize(tiny.decoder(), tiny.tokens(), config=jgptq.QuantizeConfig(), bits=3)
+
+
+def test_a_quantized_decoder_is_not_quantized_again():
+    quantized, _ = jgptq.quantize(tiny.decoder(), method="rtn", **SETTINGS)
+    with pytest.raises(ConfigError, match="quantized already"):
+        jgptq.quantize(quantized, tiny.tokens(), **SETTINGS)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_named(value: float):
+    params = tiny.decoder()
+    kernel = params.layers[1].self_attn.k_proj.kernel
+    kernel.set_value(kernel.get_value().at[3, 5].set(value))
+    for method in ("gptq", "rtn"):
+        with pytest.raises(NumericalError, match=r"^layers\.1\.self_attn\.k_proj\.kernel: The weights hold NaN"):
+            jgptq.quantize(params, tiny.tokens(), method=method, **SETTINGS)
+
+
+def test_activations_that_are_not_finite_are_named_where_they_are_read():
+    params = tiny.decoder()
+    scale = params.layers[1].post_attention_layernorm.scale
+    scale.set_value(jnp.full(scale.get_value().shape, 3e38, jnp.float32))  # finite, and overflows what it multiplies
+    with pytest.raises(NumericalError, match=r"layers\.1\.mlp\.gate_proj, layers\.1\.mlp\.up_proj: The activations hold NaN"):
+        jgptq.quantize(params, tiny.tokens(), **SETTINGS)
+
+
+def test_a_linear_without_input_is_an_error_unless_rounding_is_allowed():
+    params = tiny.decoder()
+    scale = params.layers[0].post_attention_layernorm.scale
+    scale.set_value(jnp.zeros_like(scale.get_value()))
+    with pytest.raises(NumericalError, match=r"(?s)layers\.0\.mlp\.gate_proj.*The Hessian is zero.*allow_rtn_fallback"):
+        jgptq.quantize(params, tiny.tokens(), **SETTINGS)
+    _, report = jgptq.quantize(params, tiny.tokens(), allow_rtn_fallback=True, **SETTINGS)
+    rounded = [row for row in report.rows if row.outcome == "ROUNDED"]
+    assert [row.name for row in rounded] == [f"layers.0.mlp.{name}_proj" for name in ("gate", "up", "down")]
+    assert all("The Hessian is zero" in row.note for row in rounded)
+
+
+class Stopped(Exception):
+    pass
+
+
+class StoppingSink(FolderSink):
+    """Is stopped after its first block, as a run that is killed."""
+
+    def write(self, index, block, rows):
+        super().write(index, block, rows)
+        raise Stopped
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path):
+    return load_hf(tiny.folder(tmp_path / "model", qkv_bias=True, model_type="qwen2"))
+
+
+@pytest.mark.parametrize("tune", [0, 2])
+def test_a_resumed_run_writes_what_an_uninterrupted_one_does(tmp_path: Path, checkpoint, tune: int):
+    calib, settings = tiny.tokens(), jgptq.QuantizeConfig(**SETTINGS, tune=tune)
+    whole = FolderSink(tmp_path / "whole", checkpoint, settings, calib)
+    whole.finish(*jgptq.quantize(checkpoint, calib, config=settings, sink=whole))
+    stopping = StoppingSink(tmp_path / "resumed", checkpoint, settings, calib)
+    with pytest.raises(Stopped):
+        jgptq.quantize(checkpoint, calib, config=settings, sink=stopping)
+    assert not (tmp_path / "resumed").exists()
+    journal = tmp_path / "resumed.partial" / "progress.jsonl"
+    journal.write_text(journal.read_text() + '{"block": 1, "ro')  # a line that the stop cut short
+    again = FolderSink(tmp_path / "resumed", checkpoint, settings, calib)
+    solved = SOLVING._solve_tile._cache_size()
+    result = jgptq.quantize(checkpoint, calib, config=settings, sink=again)
+    again.finish(*result)
+    assert SOLVING._solve_tile._cache_size() == solved
+    assert len(result[1].rows) == 14
+    names = sorted(path.name for path in (tmp_path / "whole").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "resumed").iterdir())
+    for name in names:
+        if name != "quantize_report.json":
+            assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "resumed" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_run_stopped_while_tuning_finds_what_was_not_tuned_yet(tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch):
+    params = load_hf(tiny.folder(tmp_path / "model", dtype=getattr(jnp, dtype)))
+    calib, settings = tiny.tokens(), jgptq.QuantizeConfig(**SETTINGS, tune=2)
+    whole = FolderSink(tmp_path / "whole", params, settings, calib)
+    whole.finish(*jgptq.quantize(params, calib, config=settings, sink=whole))
+
+    class StoppedInFinish(FolderSink):
+        def _is_written(self, path: str, name: str) -> bool:
+            if path == "norm":  # every block is in its place, tuned
+                raise Stopped
+            return super()._is_written(path, name)
+
+    stopping = StoppedInFinish(tmp_path / "resumed", params, settings, calib)
+    with pytest.raises(Stopped):
+        stopping.finish(*jgptq.quantize(params, calib, config=settings, sink=stopping))
+    again = FolderSink(tmp_path / "resumed", params, settings, calib)
+    again.finish(*jgptq.quantize(params, calib, config=settings, sink=again))
+    assert (tmp_path / "whole" / "model.safetensors").read_bytes() == (tmp_path / "resumed" / "model.safetensors").read_bytes()
+
+
+def test_a_finished_block_is_not_solved_again(tmp_path: Path, checkpoint, monkeypatch: pytest.MonkeyPatch):
+    calib, settings = tiny.tokens(), jgptq.QuantizeConfig(**SETTINGS)
+    with pytest.raises(Stopped):
+        jgptq.quantize(checkpoint, calib, config=settings, sink=StoppingSink(tmp_path / "out", checkpoint, settings, calib))
+    real, solved = DRIVER.solve_stage, []
+    monkeypatch.setattr(DRIVER, "solve_stage", lambda *args, **named: solved.append(args) or real(*args, **named))
+    jgptq.quantize(checkpoint, calib, config=settings, sink=FolderSink(tmp_path / "out", checkpoint, settings, calib))
+    assert len(solved) == 4
+
+
+def test_the_rest_of_another_run_is_refused_and_can_be_dropped(tmp_path: Path, checkpoint):
+    calib, settings = tiny.tokens(), jgptq.QuantizeConfig(**SETTINGS)
+    with pytest.raises(Stopped):
+        jgptq.quantize(checkpoint, calib, config=settings, sink=StoppingSink(tmp_path / "out", checkpoint, settings, calib))
+    for other, ids in ((dataclasses.replace(settings, bits=4), calib), (settings, calib[::-1])):
+        with pytest.raises(OutputError, match="unfinished run with other settings"):
+            FolderSink(tmp_path / "out", checkpoint, other, ids)
+    fresh = FolderSink(tmp_path / "out", checkpoint, settings, calib[::-1], overwrite=True)
+    assert fresh.done() == {}
+
+
+def test_memory_and_folder_sinks_give_the_same_files(tmp_path: Path, checkpoint):
+    calib, settings = tiny.tokens(), jgptq.QuantizeConfig(**SETTINGS)
+    sink = FolderSink(tmp_path / "streamed", checkpoint, settings, calib)
+    sink.finish(*jgptq.quantize(checkpoint, calib, config=settings, sink=sink))
+    save_hf(jgptq.quantize(checkpoint, calib, config=settings)[0], tmp_path / "kept")
+    for name in ("model.safetensors", "config.json", "quantize_config.json"):
+        assert (tmp_path / "streamed" / name).read_bytes() == (tmp_path / "kept" / name).read_bytes()
+
+
+def test_a_run_that_is_refused_leaves_nothing_behind(tmp_path: Path, checkpoint):
+    sink = FolderSink(tmp_path / "out", checkpoint, jgptq.QuantizeConfig(group_size=32), None)
+    with pytest.raises(CalibrationError):
+        jgptq.quantize(checkpoint, None, group_size=32, sink=sink)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+def test_a_finish_that_fails_loses_no_block(tmp_path: Path, checkpoint, monkeypatch: pytest.MonkeyPatch):
+    calib, settings = tiny.tokens(), jgptq.QuantizeConfig(**SETTINGS)
+    sink = FolderSink(tmp_path / "out", checkpoint, settings, calib)
+    result = jgptq.quantize(checkpoint, calib, config=settings, sink=sink)
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "_rename", lambda self: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(OutputError, match="No space left"):
+            sink.finish(*result)
+    solved = []
+    real = DRIVER.solve_stage
+    monkeypatch.setattr(DRIVER, "solve_stage", lambda *args, **named: solved.append(args) or real(*args, **named))
+    again = FolderSink(tmp_path / "out", checkpoint, settings, calib)
+    again.finish(*jgptq.quantize(checkpoint, calib, config=settings, sink=again))
+    assert solved == []
+    assert not (tmp_path / "out" / "progress.jsonl").exists()
+    assert len(load_hf(tmp_path / "out").layers) == 2
+
+
+def test_a_disk_that_fills_during_a_run_keeps_the_finished_blocks(tmp_path: Path, checkpoint, monkeypatch: pytest.MonkeyPatch):
+    calib, settings = tiny.tokens(), jgptq.QuantizeConfig(**SETTINGS)
+    real = ShardWriter._write_at
+
+    def full(self, file: str, start: int, raw: np.ndarray) -> None:
+        if len(sink.done()) == 1:
+            raise OSError(28, "No space left on device")
+        real(self, file, start, raw)
+
+    sink = FolderSink(tmp_path / "out", checkpoint, settings, calib)
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "_write_at", full)
+        with pytest.raises(OutputError, match=r"No space left on device.*goes on behind the blocks"):
+            jgptq.quantize(checkpoint, calib, config=settings, sink=sink)
+    again = FolderSink(tmp_path / "out", checkpoint, settings, calib)
+    assert list(again.done()) == [0]
+    again.finish(*jgptq.quantize(checkpoint, calib, config=settings, sink=again))
+    assert len(load_hf(tmp_path / "out").layers) == 2
+
+
+def test_a_run_is_not_continued_with_other_weights(tmp_path: Path):
+    calib, settings = tiny.tokens(), jgptq.QuantizeConfig(**SETTINGS)
+    first = StoppingSink(tmp_path / "out", tiny.decoder(seed=0), settings, calib)
+    with pytest.raises(Stopped):
+        jgptq.quantize(tiny.decoder(seed=0), calib, config=settings, sink=first)
+    with pytest.raises(OutputError, match="other settings, tokens or weights"):
+        FolderSink(tmp_path / "out", tiny.decoder(seed=1), settings, calib)
+    assert list(FolderSink(tmp_path / "out", tiny.decoder(seed=0), settings, calib).done()) == [0]
+
+
+def test_saving_over_an_unfinished_run_is_refused(tmp_path: Path, checkpoint):
+    calib, settings = tiny.tokens(), jgptq.QuantizeConfig(**SETTINGS)
+    with pytest.raises(Stopped):
+        jgptq.quantize(checkpoint, calib, config=settings, sink=StoppingSink(tmp_path / "out", checkpoint, settings, calib))
+    with pytest.raises(OutputError, match="unfinished run"):
+        save_hf(tiny.decoder(), tmp_path / "out", format="float")
+    assert (tmp_path / "out.partial" / "progress.jsonl").exists()
+
+
+def test_a_sink_takes_only_the_run_that_it_was_made_for(tmp_path: Path, checkpoint):
+    sink = FolderSink(tmp_path / "out", checkpoint, jgptq.QuantizeConfig(**SETTINGS), None)
+    result = jgptq.quantize(checkpoint, method="rtn", **SETTINGS)
+    with pytest.raises(ConfigError, match="other settings than the sink"):
+        sink.finish(*result)
+
+
+@pytest.mark.parametrize(
+    ("path", "method"),
+    [
+        ("embed_tokens.embedding", "gptq"),
+        ("norm.scale", "rtn"),
+        ("lm_head.kernel", "rtn"),
+        ("layers.1.mlp.up_proj.bias", "rtn"),
+    ],
+)
+def test_every_leaf_that_is_not_finite_is_named(path: str, method: str):
+    params = tiny.decoder(mlp_bias=True)
+    module = params.layers[1].mlp.up_proj if path.startswith("layers") else getattr(params, path.split(".")[0])
+    param = getattr(module, path.rpartition(".")[2])
+    param.set_value(param.get_value().at[0].set(np.nan))
+    with pytest.raises(NumericalError, match=rf"^{re.escape(path)}: The weights hold NaN"):
+        jgptq.quantize(params, tiny.tokens(), method=method, **SETTINGS)
