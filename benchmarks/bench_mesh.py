@@ -32,7 +32,7 @@ from aot import topology
 from common import circumstances, write_result
 from jax.sharding import Mesh, NamedSharding
 
-from jgptq.settings.config import QuantizeConfig
+from jgptq.settings.run import QuantizeConfig
 from jgptq.solver import Solution, solve
 from jgptq.solver import hessian as dense
 from jgptq.solver.compensate import solver_block

@@ -34,7 +34,7 @@ import torch
 from common import circumstances, write_result
 
 from jgptq.run.tiles import tile_columns
-from jgptq.settings.config import QuantizeConfig
+from jgptq.settings.run import QuantizeConfig
 from jgptq.solver import Prepared, Solution, judge_columns, output_loss, prepare, solve_columns
 from jgptq.solver.compensate import solver_block
 from pallas_kernels.gptq_block.reference import STEP

@@ -7,7 +7,7 @@ from converters.shards import TensorSpec
 from jgptq.errors import ConfigError
 from jgptq.models.packed import PackedTensor
 from jgptq.notation import Array
-from jgptq.settings.config import group_rows
+from jgptq.settings.sizes import group_rows
 
 _INT32, _FLOAT16 = np.dtype(np.int32), np.dtype(np.float16)
 

@@ -16,7 +16,7 @@ from converters.quantization import declared_group_sizes, read_settings
 from jgptq.errors import ArchitectureError, CheckpointError
 from jgptq.models import Block, Decoder, Head, Linear, ModelConfig, Origin, RMSNorm, Unit, config_from_hf
 from jgptq.models.packed import PackedTensor, validate
-from jgptq.settings.config import BITS, group_rows
+from jgptq.settings.sizes import BITS, group_rows
 from pallas_kernels.layout import pack_codes, unpack_codes
 
 Leaf = np.ndarray | PackedTensor

@@ -6,8 +6,10 @@ from types import MappingProxyType
 from typing import Any, Literal, cast, get_args
 
 from jgptq.errors import CheckpointError, ConfigError
-from jgptq.settings.config import QuantizeConfig
-from jgptq.settings.rules import STORED, first_match, rules_from_dynamic, rules_to_dynamic, stored_rules
+from jgptq.settings.options import SAME_AS_HERE, options
+from jgptq.settings.rules import first_match, rules_from_dynamic, rules_to_dynamic, stored_rules
+from jgptq.settings.run import QuantizeConfig
+from jgptq.settings.solver import STORED_OPTIONS, SolverConfig
 
 Format = Literal["gptq", "gptq_v2", "float"]
 VERSION = "0.1.0"
@@ -27,20 +29,10 @@ _FUSED = {
 
 HEAD = "lm_head"
 
-_UNKNOWN_ELSEWHERE: Mapping[str, Any] = MappingProxyType(
-    {
-        "method": "gptq",
-        "order": "none",
-        "scale": None,
-        "target_shift": 0.0,
-        "residual_shift": 0.0,
-        "refine": 0,
-        "refit": False,
-        "tune": 0.0,
-        "float64": False,
-    }
+_PUBLISHED: Mapping[str, Any] = MappingProxyType(
+    {name: known.published for name, known in options(QuantizeConfig).items() if known.published is not SAME_AS_HERE}
 )
-"""Settings of a run that no reader needs, kept in `meta`; and what another writer's folder is taken for: plain GPTQ."""
+"""Settings of a run that no reader needs, kept in `meta`; and what a folder by another program is taken for: plain GPTQ."""
 
 
 def check_format(file_format: str, config: QuantizeConfig) -> Format:
@@ -58,7 +50,7 @@ def check_format(file_format: str, config: QuantizeConfig) -> Format:
 
 
 def quantization_config(
-    config: QuantizeConfig, file_format: str, linears: Mapping[str, QuantizeConfig | None], blocks: int
+    config: QuantizeConfig, file_format: str, linears: Mapping[str, SolverConfig | None], blocks: int
 ) -> dict[str, Any]:
     """The `quantization_config` object, as GPTQModel, transformers and vLLM read it.
 
@@ -85,7 +77,7 @@ def quantization_config(
         "meta": {
             "quantizer": [f"jgptq:{VERSION}"],
             "damp_percent": config.damping,
-            **{name: getattr(config, name) for name in _UNKNOWN_ELSEWHERE},
+            **{name: getattr(config, name) for name in _PUBLISHED},
             "static_groups": config.order == "static",
             "true_sequential": True,
             "rules": rules_to_dynamic(config.rules),
@@ -96,7 +88,7 @@ def quantization_config(
     return result
 
 
-def dynamic_rules(config: QuantizeConfig, linears: Mapping[str, QuantizeConfig | None], blocks: int) -> dict[str, dict[str, Any]]:
+def dynamic_rules(config: QuantizeConfig, linears: Mapping[str, SolverConfig | None], blocks: int) -> dict[str, dict[str, Any]]:
     """Rules that tell readers which linears are float, and which have other settings than the config's: one for each kind and
     settings. No name is matched by two of them, as long as fused linears agree."""
     base = _stored_settings(config)
@@ -131,7 +123,7 @@ def read_settings(quantization: Mapping[str, Any]) -> QuantizeConfig:
             bits=quantization["bits"],
             group_size=quantization["group_size"],
             sym=quantization.get("sym", True),
-            **{name: meta.get(name, value) for name, value in _UNKNOWN_ELSEWHERE.items()},
+            **{name: meta.get(name, value) for name, value in _PUBLISHED.items()},
             damping=meta.get("damp_percent") or QuantizeConfig.damping,
             rules=stored_rules(quantization.get("dynamic")) if own is None else rules_from_dynamic(own),
             lm_head=bool(quantization.get("lm_head", False)),
@@ -153,17 +145,17 @@ def declared_group_sizes(quantization: Mapping[str, Any]) -> Callable[[str], int
 
     def declared(name: str) -> int:
         rule = first_match(rules, name)
-        return quantization["group_size"] if rule is None or rule.group_size is None else rule.group_size
+        return quantization["group_size"] if rule is None else rule.overrides.get("group_size", quantization["group_size"])
 
     return declared
 
 
-def _stored_settings(config: QuantizeConfig) -> dict[str, Any]:
+def _stored_settings(config: SolverConfig) -> dict[str, Any]:
     """The settings that readers must know of."""
-    return {name: getattr(config, name) for name in STORED}
+    return {name: getattr(config, name) for name in STORED_OPTIONS}
 
 
-def _used_settings(config: QuantizeConfig) -> list[QuantizeConfig]:
+def _used_settings(config: QuantizeConfig) -> list[SolverConfig]:
     """The settings that linears of a run may have: its own, then those of its rules."""
     return [config.with_rule(None), *(config.with_rule(rule) for rule in config.rules if not rule.skip)]
 
@@ -181,7 +173,7 @@ def reader_warnings(config: QuantizeConfig, file_format: str) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _refusals(config: QuantizeConfig) -> list[str]:
+def _refusals(config: SolverConfig) -> list[str]:
     """Sentences on who refuses linears of these settings."""
     found = []
     if not config.sym:

@@ -20,8 +20,8 @@ from jgptq.errors import ConfigError, OutputError
 from jgptq.models import Decoder, config_to_hf
 from jgptq.models.packed import PackedTensor, RuntimeTensor
 from jgptq.run.plan import full_name
-from jgptq.settings.config import QuantizeConfig
 from jgptq.settings.rules import resolve
+from jgptq.settings.solver import SolverConfig
 
 COPIED = (
     "tokenizer.json",
@@ -119,10 +119,10 @@ def _kernels(params: Decoder) -> Iterator[tuple[str, Any]]:
         yield "lm_head", params.lm_head.kernel.get_value()
 
 
-def _settings(params: Decoder, kernels: Mapping[str, Any]) -> dict[str, QuantizeConfig | None]:
+def _settings(params: Decoder, kernels: Mapping[str, Any]) -> dict[str, SolverConfig | None]:
     """What each linear is by its path, told from its kernel; None for float. A grid is symmetric if the run's was: an asymmetric
     one may look so by chance."""
-    found: dict[str, QuantizeConfig | None] = {}
+    found: dict[str, SolverConfig | None] = {}
     for path, kernel in kernels.items():
         found[path] = None
         if isinstance(kernel, PackedTensor) and params.quantization is not None:

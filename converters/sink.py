@@ -23,7 +23,7 @@ from jgptq.errors import ConfigError, OutputError
 from jgptq.models import Decoder, Unit
 from jgptq.run.plan import settings_by_path
 from jgptq.run.report import LinearReport, Report, row_to_dict
-from jgptq.settings.config import QuantizeConfig
+from jgptq.settings.run import QuantizeConfig
 
 REPORT = "quantize_report.json"
 

@@ -6,7 +6,8 @@ from jgptq.evaluate.perplexity import perplexity
 from jgptq.models.serving import for_serving
 from jgptq.run.driver import quantize
 from jgptq.run.report import Report
-from jgptq.settings.config import QuantizeConfig, Rule
+from jgptq.settings.rule import Rule
+from jgptq.settings.run import QuantizeConfig
 
 __all__ = [
     "JgptqError",

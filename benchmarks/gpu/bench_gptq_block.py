@@ -22,7 +22,7 @@ import numpy as np
 from bench_int4_matmul import seconds
 from common import circumstances, write_result
 
-from jgptq.settings.config import QuantizeConfig
+from jgptq.settings.run import QuantizeConfig
 from jgptq.solver import prepare, solve_columns
 from jgptq.solver.grid import search_grid
 from pallas_kernels import BlockResult, Given, Searched, gptq_block

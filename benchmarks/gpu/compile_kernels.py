@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from common import RESULTS, circumstances, write_result
 
-from jgptq.settings.config import Scale
+from jgptq.settings.solver import Scale
 from jgptq.solver.grid import search_grid
 from pallas_kernels import Given, Searched
 from pallas_kernels.gptq_block.interface import launched

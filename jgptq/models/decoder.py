@@ -10,7 +10,7 @@ from jgptq.models.block import Block
 from jgptq.models.config import ModelConfig
 from jgptq.models.layers import Embedding, Linear, RMSNorm
 from jgptq.notation import Float, Int
-from jgptq.settings.config import QuantizeConfig
+from jgptq.settings.run import QuantizeConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jgptq.errors import CheckpointError
 from jgptq.notation import Array, Float, Int
-from jgptq.settings.config import BITS, ROW_MULTIPLE, group_rows, packable
+from jgptq.settings.sizes import BITS, ROW_MULTIPLE, group_rows, packable
 from pallas_kernels import int4_matmul
 from pallas_kernels.int4_matmul.planes import BITS as RUNTIME_BITS
 from pallas_kernels.int4_matmul.planes import RuntimeKernel, expanded, to_runtime

@@ -13,7 +13,6 @@ from jgptq.errors import CalibrationError, ConfigError
 from jgptq.models import Carry, Decoder, Unit
 from jgptq.models.memory import to_device
 from jgptq.notation import Array
-from jgptq.settings.config import QuantizeConfig
 from jgptq.solver.drift import StageSums, accumulate_drift, empty_drift
 from jgptq.solver.hessian import accumulate, empty
 
@@ -30,14 +29,14 @@ class Batch(NamedTuple):
     reference: Carry | None  # through the float ones; None where nothing looks at it
 
 
-def cut_batches(params: Decoder, calib: Array | None, batch_size: int | None, config: QuantizeConfig) -> list[np.ndarray]:
+def cut_batches(params: Decoder, calib: Array | None, batch_size: int | None, *, need: str | None) -> list[np.ndarray]:
     """The calibration tokens, checked and cut into batches of one shape, so that every program is compiled once.
 
     Args:
       params: the decoder.
       calib: int32 token ids `[samples, seq_len]`; None for a method that needs none.
       batch_size: samples in a batch, or None for the default; made smaller until it divides the samples.
-      config: the run's settings.
+      need: what needs calibration tokens, as a phrase; None where nothing does.
 
     Returns:
       Batches `[b, seq_len]`.
@@ -47,11 +46,8 @@ def cut_batches(params: Decoder, calib: Array | None, batch_size: int | None, co
       CalibrationError: tokens that are missing, empty, or outside the vocabulary.
     """
     if calib is None:
-        if config.needs_tokens:
-            raise CalibrationError(
-                f"method {config.method!r} with scale {config.grid_search!r} and {config.tune} passes of tuning needs "
-                "calibration tokens; see jgptq.calibration_tokens"
-            )
+        if need is not None:
+            raise CalibrationError(f"{need} needs calibration tokens; see jgptq.calibration_tokens")
         return []
     tokens = np.asarray(calib)
     if tokens.ndim != 2:

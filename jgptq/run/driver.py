@@ -27,8 +27,9 @@ from jgptq.run.progress import Progress
 from jgptq.run.report import KEPT_FLOAT, LinearReport, Report
 from jgptq.run.tiles import PreparedStage, SolvedLinear, SolvedStage, prepare_stage, solve_stage, tile_columns
 from jgptq.run.tune import Lesson, tune
-from jgptq.settings.config import QuantizeConfig
 from jgptq.settings.presets import make_config
+from jgptq.settings.run import QuantizeConfig
+from jgptq.settings.solver import SolverConfig
 from jgptq.solver import Outcome
 from jgptq.solver.drift import StageSums
 
@@ -67,7 +68,8 @@ class _Run:
     """What holds for every block."""
 
     dtype: jnp.dtype  # that activations and expanded kernels are computed in
-    columns: Mapping[tuple[int, QuantizeConfig], int]  # K, a stage's settings -> columns that are solved at once
+    columns: Mapping[tuple[int, SolverConfig], int]  # K, a stage's settings -> columns that are solved at once
+    allow_rtn_fallback: bool
 
 
 def quantize(
@@ -112,7 +114,7 @@ def quantize(
     for sentence in idle_rules(params, config):
         warnings.warn(sentence, RuleWarning, stacklevel=2)
     columns = {key: tile_columns(widths) for key, widths in packed_widths(params, config, plans).items()}
-    batches = cut_batches(params, calib, batch_size, max((used for _, used in columns), key=lambda used: used.needs_tokens))
+    batches = cut_batches(params, calib, batch_size, need=_need_of_tokens(config, [used for _, used in columns]))
     sink = MemorySink() if sink is None else sink
     started = time.monotonic()
     finished = sink.done()
@@ -121,7 +123,7 @@ def quantize(
             _check_finite(name, to_device(module))
     beside = config.tune > 0 or any(used.asymmetric for _, used in columns)
     moving = embed(params, batches, reference=beside)
-    run = _Run(dtype=params.config.compute_dtype, columns=columns)
+    run = _Run(dtype=params.config.compute_dtype, columns=columns, allow_rtn_fallback=config.allow_rtn_fallback)
     with Progress(sum(len(plan) for plan in plans), progress) as bar:
         for index, (block, plan) in enumerate(zip(units(params, config), plans, strict=True)):
             last = index == len(plans) - 1 and (config.lm_head or not config.tune)
@@ -141,6 +143,14 @@ def quantize(
         quantized, tuning = tune(quantized, params, lessons, config.tune)
     rows = tuple(row for _, rows in blocks for row in rows)
     return quantized, Report(config=config, rows=rows, seconds=time.monotonic() - started, tuning=tuning)
+
+
+def _need_of_tokens(config: QuantizeConfig, used: Sequence[SolverConfig]) -> str | None:
+    """What needs calibration tokens, as a phrase; None where nothing does."""
+    if config.tune > 0:
+        return f"tuning (tune={config.tune})"
+    needing = next((settings for settings in used if settings.reads_hessian), None)
+    return None if needing is None else f"method {needing.method!r} with scale {needing.grid_search!r}"
 
 
 def _quantize_block(
@@ -203,7 +213,7 @@ def _check_finite(path: str, module: nnx.Module) -> None:
 
 
 def _solve_stage(
-    prefix: str, stage: Stage, total: StageSums | None, config: QuantizeConfig, run: _Run
+    prefix: str, stage: Stage, total: StageSums | None, config: SolverConfig, run: _Run
 ) -> tuple[dict[str, PackedTensor], list[LinearReport]]:
     """Solves the linears of a stage, and puts their expanded kernels into the block that the stage is of."""
     started = time.monotonic()
@@ -221,13 +231,13 @@ def _solve_stage(
 
 
 def _solve_checked(
-    prefix: str, stage: Stage, prepared: PreparedStage | None, config: QuantizeConfig, run: _Run
+    prefix: str, stage: Stage, prepared: PreparedStage | None, config: SolverConfig, run: _Run
 ) -> tuple[SolvedStage, str]:
     """A usable solution and what there is to say of it; a failed solve is an error, unless the caller allowed rounding."""
     kernels = tuple(jnp.asarray(linear.kernel.get_value()) for linear in stage.linears)
     columns = run.columns[kernels[0].shape[0], config]
 
-    def solve(used: QuantizeConfig) -> SolvedStage:
+    def solve(used: SolverConfig) -> SolvedStage:
         return solve_stage(kernels, prepared, used, columns=columns, dtype=run.dtype)
 
     solved = solve(config)
@@ -235,7 +245,7 @@ def _solve_checked(
     if not outcome.failed:
         return solved, "" if outcome in (Outcome.SOLVED, Outcome.ROUNDED) else outcome.message
     rescuable = outcome in (Outcome.ZERO_HESSIAN, Outcome.NOT_FACTORED)
-    if rescuable and config.allow_rtn_fallback:
+    if rescuable and run.allow_rtn_fallback:
         return solve(dataclasses.replace(config, method="rtn")), outcome.message
     names = [prefix + name for name in stage.names]
     hint = " To round such linears and go on, pass allow_rtn_fallback=True (--allow-rtn-fallback)." if rescuable else ""

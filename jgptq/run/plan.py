@@ -5,8 +5,10 @@ from collections.abc import Iterator, Sequence
 
 from jgptq.errors import ConfigError
 from jgptq.models import Decoder, Head, Stage, Unit
-from jgptq.settings.config import QuantizeConfig, fitting_group_sizes, group_rows, packable
 from jgptq.settings.rules import first_match, resolve, without_effect
+from jgptq.settings.run import QuantizeConfig
+from jgptq.settings.sizes import fitting_group_sizes, group_rows, packable
+from jgptq.settings.solver import SolverConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,7 +17,7 @@ class StagePlan:
 
     names: tuple[str, ...]  # dotted paths of its linears within the block
     kept_float: str | None  # the reason why all of them stay float, or None: all are packed
-    config: QuantizeConfig  # the settings of all of them, without rules; those of the run where they stay float
+    config: SolverConfig  # of all of them; the run's where they stay float
 
 
 Plan = tuple[StagePlan, ...]
@@ -74,13 +76,13 @@ def plan_decoder(params: Decoder, config: QuantizeConfig) -> list[Plan]:
     return plans
 
 
-def settings_by_path(params: Decoder, config: QuantizeConfig) -> dict[str, QuantizeConfig | None]:
+def settings_by_path(params: Decoder, config: QuantizeConfig) -> dict[str, SolverConfig | None]:
     """The settings of every linear that a run goes through, by its path in the decoder; None where it stays float.
 
     Raises:
       ConfigError: as `plan_decoder`.
     """
-    found: dict[str, QuantizeConfig | None] = {}
+    found: dict[str, SolverConfig | None] = {}
     for index, (unit, plan) in enumerate(zip(units(params, config), plan_decoder(params, config), strict=True)):
         for decision in plan:
             settings = decision.config if decision.kept_float is None else None
@@ -97,9 +99,9 @@ def idle_rules(params: Decoder, config: QuantizeConfig) -> list[str]:
     )
 
 
-def packed_widths(params: Decoder, config: QuantizeConfig, plans: Sequence[Plan]) -> dict[tuple[int, QuantizeConfig], list[int]]:
+def packed_widths(params: Decoder, config: QuantizeConfig, plans: Sequence[Plan]) -> dict[tuple[int, SolverConfig], list[int]]:
     """The out-features of every stage that is packed, all its linears together, by the in-features that it reads and settings."""
-    widths: dict[tuple[int, QuantizeConfig], list[int]] = {}
+    widths: dict[tuple[int, SolverConfig], list[int]] = {}
     for _, stage, decision in _packed_stages(units(params, config), plans):
         total = sum(linear.kernel.get_value().shape[1] for linear in stage.linears)
         widths.setdefault((_features(stage), decision.config), []).append(total)

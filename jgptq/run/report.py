@@ -5,7 +5,7 @@ import json
 import math
 from typing import Any
 
-from jgptq.settings.config import QuantizeConfig
+from jgptq.settings.run import QuantizeConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,8 @@ import numpy as np
 
 from jgptq.models.packed import PackedTensor, pack
 from jgptq.notation import Array, Float, Int
-from jgptq.settings.config import ROW_MULTIPLE, QuantizeConfig
+from jgptq.settings.sizes import ROW_MULTIPLE
+from jgptq.settings.solver import SolverConfig
 from jgptq.solver import Prepared, judge_columns, prepare, round_to_nearest
 from jgptq.solver.drift import StageSums, mean_drift
 from jgptq.solver.hessian import hessian
@@ -78,27 +79,27 @@ class PreparedStage(NamedTuple):
     residual_kd: Float[jax.Array, "K D"] | None
 
 
-def prepare_stage(total: StageSums, config: QuantizeConfig) -> PreparedStage:
+def prepare_stage(total: StageSums, config: SolverConfig) -> PreparedStage:
     """The Hessian of the sums, prepared for all columns that read what was summed."""
     with _precision(config):
         return _prepare_stage(total, config)
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _prepare_stage(total: StageSums, config: QuantizeConfig) -> PreparedStage:
+def _prepare_stage(total: StageSums, config: SolverConfig) -> PreparedStage:
     drift_kk, residual_kd = (None, None) if total.drift is None else mean_drift(total.drift)
     shared = prepare(hessian(total.hessian), config, drift_kk)
     return PreparedStage(shared, residual_kd if config.shifts_residual else None)
 
 
-def _precision(config: QuantizeConfig) -> contextlib.AbstractContextManager[object]:
+def _precision(config: SolverConfig) -> contextlib.AbstractContextManager[object]:
     return jax.enable_x64(True) if config.float64 else contextlib.nullcontext()
 
 
 def solve_stage(
     kernels: tuple[Float[jax.Array, "K N"], ...],
     prepared: PreparedStage | None,
-    config: QuantizeConfig,
+    config: SolverConfig,
     *,
     columns: int,
     dtype: jnp.dtype,
@@ -141,7 +142,7 @@ class _Tile(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype"))
 def _solve_tile(
-    w_kn: jax.Array, prepared: Prepared | None, residual_kn: jax.Array | None, config: QuantizeConfig, dtype: jnp.dtype
+    w_kn: jax.Array, prepared: Prepared | None, residual_kn: jax.Array | None, config: SolverConfig, dtype: jnp.dtype
 ) -> _Tile:
     """All that is computed for a tile between the Hessian's factor and the packed result, as one program."""
     solution = round_to_nearest(w_kn, config) if prepared is None else judge_columns(w_kn, prepared, config, residual_kn)

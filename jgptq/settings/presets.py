@@ -6,8 +6,8 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from jgptq.errors import ConfigError
-from jgptq.settings.config import QuantizeConfig
 from jgptq.settings.rules import rules_from_dynamic
+from jgptq.settings.run import QuantizeConfig
 
 Preset = Literal["fast", "balanced", "best"]
 

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from jgptq.errors import ConfigError
-from jgptq.settings.config import OVERRIDES, QuantizeConfig, Rule
-
-STORED = ("bits", "group_size", "sym")
-"""What a rule can set that readers of a checkpoint must know."""
+from jgptq.settings.rule import Rule
+from jgptq.settings.run import QuantizeConfig
+from jgptq.settings.solver import RULE_OPTIONS, STORED_OPTIONS, SolverConfig
 
 
 def first_match(rules: Iterable[Rule], name: str) -> Rule | None:
@@ -23,7 +22,7 @@ def first_match(rules: Iterable[Rule], name: str) -> Rule | None:
     return next((rule for rule in rules if re.match(rule.pattern, name)), None)
 
 
-def resolve(config: QuantizeConfig, name: str) -> QuantizeConfig | None:
+def resolve(config: QuantizeConfig, name: str) -> SolverConfig | None:
     """The settings of one linear.
 
     Args:
@@ -31,7 +30,7 @@ def resolve(config: QuantizeConfig, name: str) -> QuantizeConfig | None:
       name: the linear's full name in the checkpoint, such as `model.layers.0.mlp.down_proj` or `lm_head`.
 
     Returns:
-      Settings without rules, or None where a rule skips the linear.
+      The solver's settings for it, or None where a rule skips the linear.
     """
     rule = first_match(config.rules, name)
     return None if rule is not None and rule.skip else config.with_rule(rule)
@@ -55,8 +54,10 @@ def rules_from_dynamic(dynamic: Mapping[str, Mapping[str, Any]]) -> tuple[Rule, 
     for key, overrides in dynamic.items():
         if not isinstance(overrides, Mapping):
             raise ConfigError(f'rule {key!r} must be a dict such as {{"bits": 8}}, or {{}} to skip, found {overrides!r}')
-        if unknown := [name for name in overrides if name not in OVERRIDES]:
-            raise ConfigError(f"rule {key!r} has unknown keys {', '.join(map(str, unknown))}; known are {', '.join(OVERRIDES)}")
+        if unknown := [name for name in overrides if name not in RULE_OPTIONS]:
+            raise ConfigError(
+                f"rule {key!r} has unknown keys {', '.join(map(str, unknown))}; known are {', '.join(RULE_OPTIONS)}"
+            )
         if empty := [name for name, value in overrides.items() if value is None]:
             raise ConfigError(f"rule {key!r} sets {', '.join(empty)} to nothing; leave out what the rule does not change")
         skip, pattern = _split(key)
@@ -111,7 +112,7 @@ def stored_rules(dynamic: object) -> tuple[Rule, ...]:
     known: dict[str, Rule] = {}
     for key, overrides in dynamic.items():
         skip, pattern = _split(key)
-        kept = {name: overrides[name] for name in STORED if not skip and overrides.get(name) is not None}
+        kept = {name: overrides[name] for name in STORED_OPTIONS if not skip and overrides.get(name) is not None}
         known.setdefault(pattern, Rule(pattern=pattern, skip=skip, **kept))
     return tuple(known.values())
 

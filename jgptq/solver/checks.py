@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from jgptq.errors import ConfigError
 from jgptq.notation import Bool, Float, Int
-from jgptq.settings.config import QuantizeConfig
+from jgptq.settings.solver import SolverConfig
 from jgptq.solver.linalg.cholesky import Factor
 from jgptq.solver.outcome import Outcome
 
@@ -34,7 +34,7 @@ def examined(h_kk: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.all(jnp.isfinite(left_k)), symmetric
 
 
-def solver_dtype(config: QuantizeConfig) -> jnp.dtype:
+def solver_dtype(config: SolverConfig) -> jnp.dtype:
     """What a solve computes in.
 
     Raises:
@@ -50,7 +50,7 @@ def solver_dtype(config: QuantizeConfig) -> jnp.dtype:
 def factor_outcome(
     factor: Factor,
     diag_k: Float[jax.Array, " K"],
-    config: QuantizeConfig,
+    config: SolverConfig,
     *,
     finite: Bool[jax.Array, ""],
     symmetric: Bool[jax.Array, ""],

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from jgptq.notation import Float, Int, UInt8
-from jgptq.settings.config import ROW_MULTIPLE, QuantizeConfig
+from jgptq.settings.sizes import ROW_MULTIPLE
+from jgptq.settings.solver import SolverConfig
 from jgptq.solver.grid import Grid, search_grid
 from jgptq.solver.linalg.triangular import product, transposed
 from pallas_kernels import BlockResult, Given, Search, Searched, gptq_block
@@ -69,7 +70,7 @@ def compensate(
     weight_k: Float[jax.Array, " K"],
     *,
     rows: int,
-    config: QuantizeConfig,
+    config: SolverConfig,
     fixed: tuple[Grid, Int[jax.Array, " K"]] | None = None,
     drift_rows: Rows | None = None,
 ) -> Compensated:
@@ -138,7 +139,7 @@ class _Loop:
     rows: int  # in a group
     block: int
     run: int  # rows of blocks that what lies before them pulls at once
-    config: QuantizeConfig
+    config: SolverConfig
 
     def past(self, start: jax.Array, count: int, state: _State) -> _Past:
         """What the rows before `start` do to the next `count`."""
@@ -251,12 +252,12 @@ def _points(found: BlockResult) -> jax.Array:
     return scale_rn * (found.codes_rn.astype(found.error_rn.dtype) - zero_rn)
 
 
-def _search_of(config: QuantizeConfig) -> Search:
+def _search_of(config: SolverConfig) -> Search:
     """How the grid of a group is found."""
     return functools.partial(search_grid, bits=config.bits, sym=config.sym, scale=config.grid_search)
 
 
-def _begin_group(all_groups: Grid, w_rn: jax.Array, weight_k: jax.Array, row: jax.Array, config: QuantizeConfig) -> Grid:
+def _begin_group(all_groups: Grid, w_rn: jax.Array, weight_k: jax.Array, row: jax.Array, config: SolverConfig) -> Grid:
     """Sets the grid of the group that begins at `row` from its rows as they are now."""
     rows = w_rn.shape[0]
     begun = _search_of(config)(w_rn, jax.lax.dynamic_slice_in_dim(weight_k, row, rows), PLAIN)

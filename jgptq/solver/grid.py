@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jgptq.notation import Float
-from jgptq.settings.config import Scale
+from jgptq.settings.solver import Scale
 from pallas_kernels import Arithmetic
 from pallas_kernels.gptq_block.reference import PLAIN
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jgptq.notation import Float, Int
-from jgptq.settings.config import Order
+from jgptq.settings.solver import Order
 
 
 class RowOrder(NamedTuple):

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jgptq.notation import Float
-from jgptq.settings.config import ROW_MULTIPLE
+from jgptq.settings.sizes import ROW_MULTIPLE
 from jgptq.solver.compensate import solver_block
 from jgptq.solver.grid import Grid, storable
 from jgptq.solver.linalg.triangular import product

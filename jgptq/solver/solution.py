@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 from jgptq.errors import ConfigError
 from jgptq.notation import Float, Int, UInt8
-from jgptq.settings.config import QuantizeConfig, group_rows
+from jgptq.settings.sizes import group_rows
+from jgptq.settings.solver import SolverConfig
 from jgptq.solver.compensate import Compensated
 from jgptq.solver.grid import nearest_codes, search_grid
 from jgptq.solver.linalg.cholesky import all_finite
@@ -44,7 +45,7 @@ class Solution(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames="config")
 def round_to_nearest(
-    w_kn: Float[jax.Array, "K N"], config: QuantizeConfig, weight_k: Float[jax.Array, " K"] | None = None
+    w_kn: Float[jax.Array, "K N"], config: SolverConfig, weight_k: Float[jax.Array, " K"] | None = None
 ) -> Solution:
     """Rounds every weight to the nearest point of its group's grid: the baseline.
 

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from jgptq.notation import Float, Int
-from jgptq.settings.config import QuantizeConfig, group_rows
+from jgptq.settings.sizes import group_rows
+from jgptq.settings.solver import SolverConfig
 from jgptq.solver.checks import checked_size, examined, factor_outcome, solver_dtype
 from jgptq.solver.compensate import Compensated, Rows, compensate, solver_block
 from jgptq.solver.grid import search_grid
@@ -38,7 +39,7 @@ class Prepared(NamedTuple):
     outcome: Int[jax.Array, ""]  # an `Outcome`
 
 
-def prepare(h_kk: Float[jax.Array, "K K"], config: QuantizeConfig, drift_kk: Float[jax.Array, "K K"] | None = None) -> Prepared:
+def prepare(h_kk: Float[jax.Array, "K K"], config: SolverConfig, drift_kk: Float[jax.Array, "K K"] | None = None) -> Prepared:
     """Orders the rows of K and factors the damped Hessian once for all columns.
 
     Args:
@@ -71,7 +72,7 @@ class _Factored(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _factored(h_kk: jax.Array, drift_kk: jax.Array | None, config: QuantizeConfig) -> _Factored:
+def _factored(h_kk: jax.Array, drift_kk: jax.Array | None, config: SolverConfig) -> _Factored:
     k = h_kk.shape[0]
     rows = group_rows(k, config.group_size)
     diag_k = diagonal(h_kk)
@@ -94,7 +95,7 @@ def _factored(h_kk: jax.Array, drift_kk: jax.Array | None, config: QuantizeConfi
 def solve_columns(
     w_kn: Float[jax.Array, "K N"],
     prepared: Prepared,
-    config: QuantizeConfig,
+    config: SolverConfig,
     residual_kn: Float[jax.Array, "K N"] | None = None,
 ) -> Solution:
     """Quantizes columns on a prepared Hessian; columns do not depend on each other, so any slice of a kernel may be given.
@@ -118,7 +119,7 @@ def solve_columns(
 def judge_columns(
     w_kn: Float[jax.Array, "K N"],
     prepared: Prepared,
-    config: QuantizeConfig,
+    config: SolverConfig,
     residual_kn: Float[jax.Array, "K N"] | None = None,
 ) -> Solution:
     """`solve_columns`, and what round-to-nearest would lose on the same columns against the same target: K^2 N/2 more
@@ -134,7 +135,7 @@ def judge_columns(
 
 
 def _solved(
-    w_kn: jax.Array, prepared: Prepared, config: QuantizeConfig, residual_kn: jax.Array | None
+    w_kn: jax.Array, prepared: Prepared, config: SolverConfig, residual_kn: jax.Array | None
 ) -> tuple[Solution, jax.Array]:
     """The solution and its target."""
     w_kn = w_kn.astype(prepared.h_kk.dtype)
@@ -165,7 +166,7 @@ def _lost(target_kn: jax.Array, solution: Solution) -> jax.Array:
 def solve(
     w_kn: Float[jax.Array, "K N"],
     h_kk: Float[jax.Array, "K K"],
-    config: QuantizeConfig,
+    config: SolverConfig,
     *,
     drift_kk: Float[jax.Array, "K K"] | None = None,
     residual_kn: Float[jax.Array, "K N"] | None = None,
@@ -199,7 +200,7 @@ solve_many = jax.jit(jax.vmap(solve, in_axes=(0, 0, None)), static_argnums=2)
 """`solve` for a batch of problems of one shape, such as the experts of a layer: kernels `[E, K, N]` on Hessians `[E, K, K]`."""
 
 
-def _target(w_kn: jax.Array, prepared: Prepared, config: QuantizeConfig, residual_kn: jax.Array | None) -> jax.Array:
+def _target(w_kn: jax.Array, prepared: Prepared, config: SolverConfig, residual_kn: jax.Array | None) -> jax.Array:
     if config.method in ("gptaq", "qronos") and prepared.drift_kk is None:
         raise ValueError(f"method {config.method!r} needs the drift of the inputs: give drift_kk to prepare")
     residual_kn = residual_kn if config.shifts_residual else None
@@ -213,7 +214,7 @@ def _target(w_kn: jax.Array, prepared: Prepared, config: QuantizeConfig, residua
     return shifted_target(w_kn, inverse_times, prepared.drift_kk, residual_kn, config.target_shift, config.residual_shift)
 
 
-def _compensated(w_kn: jax.Array, target_kn: jax.Array, prepared: Prepared, config: QuantizeConfig) -> Compensated:
+def _compensated(w_kn: jax.Array, target_kn: jax.Array, prepared: Prepared, config: SolverConfig) -> Compensated:
     """Runs the loop of the method, in the solver's sequence."""
     r_kk, u_cbb, drift_kk, rows_k = prepared.r_kk, prepared.u_cbb, prepared.drift_kk, prepared.order.rows_k
     assert r_kk is not None
@@ -239,7 +240,7 @@ def quantize_rows(
     u_cbb: Float[jax.Array, "C B B"],
     diag_k: Float[jax.Array, " K"],
     order: RowOrder,
-    config: QuantizeConfig,
+    config: SolverConfig,
     drift_rows: Rows | None = None,
 ) -> Compensated:
     """Runs the loop over rows, on grids that are set on the way or, for static order, beforehand in the groups of the file.
@@ -264,7 +265,7 @@ def quantize_rows(
     return compensate(start_kn, l_rows, u_cbb, diag_k, rows=rows, config=config, fixed=fixed, drift_rows=drift_rows)
 
 
-def _improved(found: Compensated, target_kn: jax.Array, prepared: Prepared, rows: int, config: QuantizeConfig) -> Refined:
+def _improved(found: Compensated, target_kn: jax.Array, prepared: Prepared, rows: int, config: SolverConfig) -> Refined:
     """Re-fits and refines, in a sequence whose groups are runs: the solver's own, or the file's for static order."""
     codes_kn = found.codes_kn.astype(target_kn.dtype)
     if not config.improves:
@@ -281,7 +282,7 @@ def _improved(found: Compensated, target_kn: jax.Array, prepared: Prepared, rows
     return better._replace(codes_kn=better.codes_kn[rows_k])
 
 
-def in_file_order(found: Refined | Compensated, order: RowOrder, rows: int, config: QuantizeConfig) -> Solution:
+def in_file_order(found: Refined | Compensated, order: RowOrder, rows: int, config: SolverConfig) -> Solution:
     """Puts rows and groups where the file has them."""
     to_file_k, groups_g = inverse_permutation(order.rows_k), inverse_permutation(order.groups_g)
     return Solution(

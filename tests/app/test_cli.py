@@ -100,7 +100,7 @@ def test_rules_and_the_head_reach_the_files(model: Path, calib: str, tmp_path: P
     assert code == 0, output
     assert "13 linears packed" in output
     loaded = load_hf(tmp_path / "out")
-    assert [(rule.skip, rule.bits, rule.method) for rule in loaded.quantization.rules] == [
+    assert [(rule.skip, rule.overrides.get("bits"), rule.overrides.get("method")) for rule in loaded.quantization.rules] == [
         (True, None, None),
         (False, 8, None),
         (False, None, "rtn"),

@@ -18,7 +18,7 @@ from converters.checkpoint import SINGLE
 from converters.quantization import dynamic_rules, quantization_config, reader_warnings
 from jgptq.errors import ConfigError
 from jgptq.models.memory import to_device
-from jgptq.settings.config import QuantizeConfig
+from jgptq.settings.run import QuantizeConfig
 
 FAMILIES = [
     {},

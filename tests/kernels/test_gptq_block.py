@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jgptq.settings.config import QuantizeConfig
+from jgptq.settings.run import QuantizeConfig
 from jgptq.solver import compensate, prepare, solve_columns
 from jgptq.solver.grid import search_grid
 from pallas_kernels import Given, Searched, gptq_block

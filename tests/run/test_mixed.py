@@ -19,8 +19,9 @@ from converters.quantization import check_format, quantization_config, reader_wa
 from jgptq.errors import CalibrationError, CheckpointError, ConfigError, OutputError
 from jgptq.models import Carry, Head
 from jgptq.models.packed import PackedTensor
-from jgptq.settings.config import QuantizeConfig, Rule
+from jgptq.settings.rule import Rule
 from jgptq.settings.rules import rules_from_dynamic, stored_rules
+from jgptq.settings.run import QuantizeConfig
 from jgptq.solver import solve
 from jgptq.solver.hessian import accumulate, empty, hessian
 

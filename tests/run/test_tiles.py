@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from jgptq.models.packed import unpack, validate
 from jgptq.run.tiles import prepare_stage, solve_stage, tile_columns
-from jgptq.settings.config import QuantizeConfig
+from jgptq.settings.run import QuantizeConfig
 from jgptq.solver import Outcome, solve
 from jgptq.solver.drift import StageSums
 from jgptq.solver.hessian import accumulate, empty, hessian

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 import jgptq
 from jgptq.errors import ConfigError, RuleWarning
-from jgptq.settings.config import QuantizeConfig, Rule
+from jgptq.settings.rule import Rule
 from jgptq.settings.rules import nearest_names, resolve, rules_from_dynamic, rules_to_dynamic, without_effect
+from jgptq.settings.run import QuantizeConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:vLLM refuses", "ignore:transformers reads no rules")
 
@@ -51,15 +52,15 @@ def test_the_first_match_wins_and_changes_only_what_it_names():
         group_size=64,
         rules=(Rule(pattern=r".*0\.mlp", bits=8), Rule(pattern=".*mlp", bits=2, sym=False), Rule(pattern=".*", skip=True)),
     )
-    assert resolve(config, DOWN) == QuantizeConfig(group_size=64, bits=8)
-    assert resolve(config, DOWN.replace("0", "1")) == QuantizeConfig(group_size=64, bits=2, sym=False)
+    assert resolve(config, DOWN) == QuantizeConfig(group_size=64, bits=8).solver
+    assert resolve(config, DOWN.replace("0", "1")) == QuantizeConfig(group_size=64, bits=2, sym=False).solver
     assert resolve(config, "model.layers.0.self_attn.o_proj") is None
-    assert resolve(QuantizeConfig(lm_head=True), "lm_head") == QuantizeConfig()
+    assert resolve(QuantizeConfig(lm_head=True), "lm_head") == QuantizeConfig().solver
 
 
 def test_an_empty_rule_shields_from_those_after_it():
     config = QuantizeConfig(rules=rules_from_dynamic({f"+:{re.escape(DOWN)}": {}, "-:.*down_proj": {}}))
-    assert resolve(config, DOWN) == QuantizeConfig()
+    assert resolve(config, DOWN) == QuantizeConfig().solver
     assert resolve(config, DOWN.replace("0", "1")) is None
 
 
@@ -72,7 +73,7 @@ def test_patterns_are_anchored_at_the_start_only():
     ("dynamic", "message"),
     [
         ({"+:(": {}}, r"must be a regex, found '\(': missing \)"),
-        ({"a": {"bit": 8, "mse": 1}}, "unknown keys bit, mse; known are bits, group_size, sym, order, method"),
+        ({"a": {"bit": 8, "mse": 1}}, "unknown keys bit, mse; known are bits, group_size, sym, method, order"),
         ({"-:a": {"bits": 8}}, "rule 'a': it skips, so it cannot set bits"),
         ({"a": {"bits": "8"}}, "bits must be int, found '8'"),
         ({"a": {"bits": True}}, "bits must be int, found True"),

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from converters.quantization import quantization_config, read_settings
 from jgptq.errors import CheckpointError
-from jgptq.settings.config import QuantizeConfig
+from jgptq.settings.run import QuantizeConfig
 
 configs = st.builds(
     QuantizeConfig,

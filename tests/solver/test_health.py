@@ -6,7 +6,7 @@ import pytest
 from problems import METHODS, Problem, T, solved
 
 from jgptq.errors import ConfigError
-from jgptq.settings.config import QuantizeConfig
+from jgptq.settings.run import QuantizeConfig
 from jgptq.solver import Outcome, prepare, solve, solve_many
 
 

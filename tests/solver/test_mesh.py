@@ -12,7 +12,7 @@ import on_mesh
 import pytest
 
 from jgptq.errors import ConfigError
-from jgptq.settings.config import QuantizeConfig
+from jgptq.settings.run import QuantizeConfig
 from jgptq.solver import Outcome, Solution, prepare, solve, solve_columns
 from jgptq.solver.hessian import accumulate, empty, hessian
 from jgptq.solver.linalg.triangular import backwards, lower_factor

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import DAMPING, K, N, Problem, assert_solves, config, double, most_important_first, solved
 
-from jgptq.settings.config import QuantizeConfig
+from jgptq.settings.run import QuantizeConfig
 from jgptq.solver import compensate as COMPENSATE
 from jgptq.solver import solve
 from jgptq.solver.linalg.cholesky import diagonal_blocks

@@ -11,7 +11,7 @@ import numpy as np
 import oracles
 import pytest
 
-from jgptq.settings.config import QuantizeConfig
+from jgptq.settings.run import QuantizeConfig
 from jgptq.solver import solve
 from jgptq.solver.grid import Grid
 from jgptq.solver.refine import _sweep, refine, refit_grid

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jgptq.errors import ConfigError
-from jgptq.settings.config import QuantizeConfig
+from jgptq.settings.run import QuantizeConfig
 from jgptq.solver import Outcome, prepare, round_to_nearest, solve
 from jgptq.solver.compensate import solver_block
 from jgptq.solver.grid import minmax_grid

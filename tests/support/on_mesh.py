@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jgptq.settings.config import QuantizeConfig
+from jgptq.settings.run import QuantizeConfig
 from jgptq.solver import Solution
 from jgptq.solver.mesh import cholesky as slab_cholesky
 from jgptq.solver.mesh import sharded, slabs

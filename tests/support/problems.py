@@ -10,7 +10,7 @@ import numpy as np
 import oracles
 import pytest
 
-from jgptq.settings.config import QuantizeConfig
+from jgptq.settings.run import QuantizeConfig
 from jgptq.solver import Solution, solve
 
 K, N, T, WIDTH = 192, 16, 400, 16

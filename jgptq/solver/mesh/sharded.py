@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from jgptq.errors import ConfigError
 from jgptq.notation import Float, Int
-from jgptq.settings.config import QuantizeConfig, group_rows
+from jgptq.settings.sizes import group_rows
+from jgptq.settings.solver import SolverConfig
 from jgptq.solver.checks import factor_outcome
 from jgptq.solver.compensate import solver_block
 from jgptq.solver.linalg.cholesky import added_damping, all_finite
@@ -34,7 +35,7 @@ class ShardedPrepared(NamedTuple):
     outcome: Int[jax.Array, ""]
 
 
-def prepare(h: Slabs, config: QuantizeConfig) -> ShardedPrepared:
+def prepare(h: Slabs, config: SolverConfig) -> ShardedPrepared:
     """Orders the rows of K and factors the damped Hessian on its slabs: `jgptq.solver.prepare`, as one program.
 
     A device holds its slab of H, its slab of L, and a few panels of rows. Rows of padding come last and are dead.
@@ -68,7 +69,7 @@ class _Shared(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def factored(h: Slabs, config: QuantizeConfig) -> tuple[Slabs | None, _Shared]:
+def factored(h: Slabs, config: SolverConfig) -> tuple[Slabs | None, _Shared]:
     """All of `prepare`; H itself would be copied on its way out of a program."""
 
     def local(h_kc: jax.Array) -> tuple[jax.Array | None, _Shared]:
@@ -91,7 +92,7 @@ def factored(h: Slabs, config: QuantizeConfig) -> tuple[Slabs | None, _Shared]:
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def solve_columns(w_kn: Float[jax.Array, "K N"], prepared: ShardedPrepared, config: QuantizeConfig) -> Solution:
+def solve_columns(w_kn: Float[jax.Array, "K N"], prepared: ShardedPrepared, config: SolverConfig) -> Solution:
     """Quantizes columns, equally many on each device: `jgptq.solver.solve_columns` on a mesh.
 
     Columns need nothing of each other; a block's rows of L are gathered when its turn comes, and rows of H for the losses.
@@ -142,7 +143,7 @@ def _solve_own(
     h_pc: jax.Array,
     l_pc: jax.Array | None,
     shared: _Shared,
-    config: QuantizeConfig,
+    config: SolverConfig,
     chunk: int,
 ) -> Solution:
     """On every device: its own columns of the kernel, its own slabs. What depends on the values of all columns is left open."""

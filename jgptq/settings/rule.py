@@ -1,0 +1,62 @@
+"""A rule: settings of the linears whose name a regex matches."""
+
+import dataclasses
+import re
+from typing import Any
+
+from jgptq.errors import ConfigError
+from jgptq.settings.solver import RULE_OPTIONS, SolverConfig
+
+
+@dataclasses.dataclass(frozen=True, init=False)
+class Rule:
+    """Settings of the linears whose full name a regex matches from its start; see `jgptq.settings.rules`.
+
+    Args:
+      pattern: a regex, tried with `re.match` on names such as `model.layers.0.mlp.down_proj`.
+      skip: whether the linears stay float.
+      **overrides: options of `SolverConfig` that a rule can set (`RULE_OPTIONS`); None leaves the run's value.
+
+    Raises:
+      ConfigError: the pattern is no regex, an option is unknown or has the wrong type, or the rule skips and sets something.
+    """
+
+    pattern: str
+    skip: bool
+    settings: tuple[tuple[str, Any], ...]  # the options that the rule changes, in the order of `RULE_OPTIONS`
+
+    def __init__(self, *, pattern: str, skip: bool = False, **overrides: Any):
+        given = {name: value for name, value in overrides.items() if value is not None}
+        settings = tuple((name, given[name]) for name in RULE_OPTIONS if name in given)
+        for name, value in (("pattern", pattern), ("skip", skip), ("settings", settings)):
+            object.__setattr__(self, name, value)
+        self._check_pattern()
+        self._check_settings(given)
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """The options that this rule changes."""
+        return dict(self.settings)
+
+    def _check_pattern(self) -> None:
+        if not isinstance(self.pattern, str) or self.pattern.startswith(("+:", "-:")):
+            advice = "the prefixes +: and -: belong to the dynamic form; here, say skip=True or skip=False"
+            raise ConfigError(f"the pattern of a rule must be a regex, found {self.pattern!r}; {advice}")
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise ConfigError(f"the pattern of a rule must be a regex, found {self.pattern!r}: {error}") from None
+
+    def _check_settings(self, given: dict[str, Any]) -> None:
+        defaults = {field.name: field.default for field in dataclasses.fields(SolverConfig)}
+        types = {"skip": bool} | {name: type(defaults[name]) for name in RULE_OPTIONS}
+        wrong = [f"{name} is no option of a rule; known are {', '.join(RULE_OPTIONS)}" for name in given if name not in types]
+        wrong += [
+            f"{name} must be {types[name].__name__}, found {value!r}"
+            for name, value in {"skip": self.skip, **self.overrides}.items()
+            if type(value) is not types[name]
+        ]
+        if self.skip is True and self.settings:
+            wrong.append(f"it skips, so it cannot set {', '.join(self.overrides)}")
+        if wrong:
+            raise ConfigError(f"rule {self.pattern!r}: {'; '.join(wrong)}")
