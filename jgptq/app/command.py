@@ -1,0 +1,94 @@
+"""What the commands share: arguments, options that are derived from declared settings, and how errors are printed."""
+
+import dataclasses
+import functools
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from jgptq.errors import JgptqError
+from jgptq.settings.options import Option, options
+
+Model = Annotated[str, typer.Argument(help="Checkpoint folder or hub id.")]
+SeqLen = Annotated[int, typer.Option(help="Tokens in one sample or window.")]
+Dtype = Annotated[str, typer.Option(help="Dtype of activations: auto (the checkpoint's), float32 or bfloat16.")]
+CompileCache = Annotated[
+    bool,
+    typer.Option(
+        "--compile-cache/--no-compile-cache", help="Keep compiled programs in the user's cache folder, for the next run."
+    ),
+]
+
+
+def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Prints a `JgptqError` as one message and exits with 1; any other exception is a defect and keeps its traceback."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except JgptqError as error:
+            typer.echo(f"error: {error.strerror if isinstance(error, OSError) and error.strerror else error}", err=True)
+            raise typer.Exit(1) from None
+
+    return wrapped
+
+
+def takes_options_of(settings: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a command an option for each one that a settings class declares, in place of its `**given`.
+
+    The command receives those that the user gave; what is not given keeps the value of the preset or the default.
+    """
+    declared = [_parameter(field, options(settings)[field.name]) for field in _option_fields(settings)]
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
+
+        @functools.wraps(command)
+        def wrapped(**values: Any) -> None:
+            names = {parameter.name for parameter in declared}
+            given = {name: value for name, value in values.items() if name in names and value is not None}
+            command(**{name: value for name, value in values.items() if name not in names}, **given)
+
+        parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in own] + declared
+        wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
+        return wrapped
+
+    return decorate
+
+
+def _option_fields(settings: type) -> list[dataclasses.Field[Any]]:
+    return [field for field in dataclasses.fields(settings) if field.name in options(settings)]
+
+
+def _parameter(field: dataclasses.Field[Any], known: Option) -> inspect.Parameter:
+    """The parameter of a command for one option; None stands for "not given"."""
+    kind = str if field.default is None else type(field.default)
+    name = field.name.replace("_", "-")
+    shown = None if field.default is None else _spelled(field.default, known)
+    allowed = f" One of {', '.join(str(value) for value in known.values if value is not None)}." if known.values else ""
+    if known.values == () and known.least is not None and known.most is not None:
+        allowed = f" {known.least:g} to {known.most:g}."
+    flag = known.flag or (f"--{name}/--no-{name}" if kind is bool else f"--{name}")
+    info = typer.Option(flag, help=known.help + allowed, show_default=shown if shown is not None else False)
+    return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, info])
+
+
+def _spelled(default: Any, known: Option) -> str:
+    """How the help shows a default: a switch by the flag that it stands for."""
+    if not isinstance(default, bool):
+        return str(default)
+    if known.flag is None:
+        return "on" if default else "off"
+    return known.flag.split("/")[0 if default else 1].removeprefix("--")
+
+
+def print_table(table: Any) -> None:
+    """Prints a table of rich, as wide as the terminal, or 160 columns where there is none."""
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
