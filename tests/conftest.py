@@ -6,6 +6,8 @@ from pathlib import Path
 # Tests compile many small programs and run each a few times: what LLVM would optimize takes longer than it saves. Set before
 # anything imports jax, and handed on to the processes that tests start.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+# Several processes share the cores, and OpenBLAS' threads wait for each other by spinning. Set before anything imports numpy.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # What one process compiled the others need not.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")

@@ -22,6 +22,7 @@ from jgptq.models.memory import to_device
 from jgptq.models.packed import PackedTensor
 from jgptq.notation import Array, Int
 from jgptq.run.batches import Batch, advance, cut_batches, embed, observe
+from jgptq.run.lapack import lapack_threads
 from jgptq.run.plan import StagePlan, idle_rules, packed_widths, plan_decoder, unit_prefix, units
 from jgptq.run.progress import Progress
 from jgptq.run.report import KEPT_FLOAT, LinearReport, Report
@@ -217,9 +218,10 @@ def _solve_stage(
 ) -> tuple[dict[str, PackedTensor], list[LinearReport]]:
     """Solves the linears of a stage, and puts their expanded kernels into the block that the stage is of."""
     started = time.monotonic()
-    prepared = None if total is None else prepare_stage(total, config)
     tokens = 0 if total is None else int(total.hessian.tokens)
-    solved, note = _solve_checked(prefix, stage, prepared, config, run)
+    with lapack_threads(stage.linears[0].kernel.get_value().shape[0]):
+        prepared = None if total is None else prepare_stage(total, config)
+        solved, note = _solve_checked(prefix, stage, prepared, config, run)
     seconds = time.monotonic() - started
     width = sum(result.packed.shape[1] for result in solved.linears)
     packed, rows = {}, []
