@@ -21,12 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 from bench_int4_matmul import seconds
 from common import circumstances, write_result
+from pallas_kernels.device import Backend
 
 from jgptq.settings.run import QuantizeConfig
 from jgptq.solver import prepare, solve_columns
 from jgptq.solver.grid import search_grid
 from pallas_kernels import BlockResult, Given, Searched, gptq_block
-from pallas_kernels.device import Backend
 
 GROUPS = (128, 32)
 TARGET_MS = {(4096, 4096): 4.0, (14336, 4096): 90.0}

@@ -22,12 +22,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from common import circumstances, write_result
+from pallas_kernels.int4_matmul.rows import RowsKernel, to_rows
+from pallas_kernels.layout import pack_codes
 
 from pallas_kernels import int4_matmul
 from pallas_kernels.int4_matmul.planes import RuntimeKernel, to_runtime
-from pallas_kernels.int4_matmul.rows import RowsKernel, to_rows
 from pallas_kernels.int4_matmul.tuning import tiling_of
-from pallas_kernels.layout import pack_codes
 
 SHAPES = ((4096, 4096), (4096, 28672), (14336, 4096), (8192, 57344), (28672, 8192))
 QUICK_SHAPES = ((4096, 4096), (14336, 4096))
