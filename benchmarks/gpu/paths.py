@@ -3,8 +3,15 @@
 Nothing has to be installed, and what is installed is not what runs.
 """
 
+import os
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests" / "support")]
+FOLDERS = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests" / "support")]
+sys.path[:0] = FOLDERS
+
+
+def environment() -> dict[str, str]:
+    """This process' environment, for a program of the project that does not import this."""
+    return os.environ | {"PYTHONPATH": os.pathsep.join([*FOLDERS, os.environ.get("PYTHONPATH", "")])}

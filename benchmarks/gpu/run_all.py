@@ -1,0 +1,180 @@
+"""All that has to be run on a GPU, as one command on a machine that has jax and nothing of this project installed.
+
+    python benchmarks/gpu/run_all.py                       # 25 minutes at most
+    python benchmarks/gpu/run_all.py --minutes 9           # what fits; it ends with the command for the rest
+    python benchmarks/gpu/run_all.py --rehearse            # on a CPU, tiny shapes: that nothing fails for a typing error
+
+Every entry of `entries.py` is a process with a time limit of its own; one that fails or hangs is reported and passed over. Results
+are on the disk at any time, in $OUT if that is set, else in `benchmarks/results`: `gpu.json` holds every entry's status and result,
+partial ones included, `gpu.log` the output of all, `gpu_target_config.pbtxt` the compiler's description of the device. The exit
+status is not zero where an entry about correctness did not pass.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import paths
+from entries import ENTRIES, Entry
+from records import write_json
+
+MINUTES = 25.0
+SHORTEST = 20.0
+"""Seconds that have to be left for an entry to be started."""
+GRACE = 5.0
+"""Seconds between asking a process to end and ending it."""
+PASSED, FAILED, TIMED_OUT, NOT_STARTED = "passed", "failed", "timed out", "not started"
+
+
+@dataclasses.dataclass
+class Done:
+    """What became of an entry."""
+
+    status: str
+    seconds: float
+    result: Any  # what its record holds; None where it wrote none
+    tail: str  # the end of its output
+
+
+def run_entry(entry: Entry, *, limit: float, rehearse: bool, folder: Path, watch: Callable[[Any], None]) -> Done:
+    """Runs one entry to its end or its limit.
+
+    Args:
+      entry: what to run.
+      limit: seconds.
+      rehearse: whether it runs on a CPU.
+      folder: for `gpu.log`, and its working directory.
+      watch: called with the record whenever that has changed.
+
+    Returns:
+      What became of it.
+    """
+    with tempfile.TemporaryDirectory() as scratch, (folder / "gpu.log").open("ab") as log:
+        record = Path(scratch) / "record.json"
+        command = [sys.executable, *entry.command, "--record", str(record), *(["--rehearse"] if rehearse else [])]
+        log.write(f"\n== {entry.name}: {' '.join(command)}\n".encode())
+        log.flush()
+        offset, started = log.tell(), time.monotonic()
+        process = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, cwd=folder, env=paths.environment(), start_new_session=True
+        )
+        seen, status = None, None
+        while status is None:
+            try:
+                status = PASSED if process.wait(timeout=0.2) == 0 else FAILED
+            except subprocess.TimeoutExpired:
+                if time.monotonic() - started > limit:
+                    _end(process)
+                    status = TIMED_OUT
+            if (now := _read(record)) != seen:
+                seen = now
+                watch(now)
+        seconds = time.monotonic() - started
+        output = (folder / "gpu.log").read_bytes()[offset:].decode(errors="replace")
+        return Done(status, seconds, seen, "\n".join(output.splitlines()[-15:]))
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Ends a process and those that it started, which are a group of their own."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, number)
+            process.wait(timeout=GRACE)
+        except ProcessLookupError:
+            return
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def _read(record: Path) -> Any:
+    return json.loads(record.read_text()) if record.exists() else None
+
+
+def run_all(entries: Sequence[Entry], *, folder: Path, budget: float, rehearse: bool) -> dict[str, Any]:
+    """Runs entries one after the other, and keeps `gpu.json` as it should be if this process ended now.
+
+    Args:
+      entries: what to run.
+      folder: where results go.
+      budget: seconds for all of them together.
+      rehearse: whether they run on a CPU.
+
+    Returns:
+      What `gpu.json` holds.
+    """
+    deadline = time.monotonic() + budget
+    whole: dict[str, Any] = {"rehearsal": rehearse, "entries": {}}
+    if (folder / "gpu.json").exists() and (old := json.loads((folder / "gpu.json").read_text()))["rehearsal"] == rehearse:
+        whole = old  # of a run that stopped for want of time: its other entries stay
+    rows = whole["entries"]
+    for entry in entries:
+        rows[entry.name] = {"status": NOT_STARTED, "proves": entry.proves, "correctness": entry.correctness, "result": None}
+    for entry in entries:
+        left, row = deadline - time.monotonic(), rows[entry.name]
+        if left < SHORTEST:
+            break
+        limit = min(entry.seconds, left)
+
+        def watch(result: Any, row: dict[str, Any] = row) -> None:
+            row |= {"status": TIMED_OUT, "result": result}  # unless it ends before its limit
+            write_json(folder / "gpu.json", whole)
+
+        print(f"== {entry.name} (at most {limit:.0f} s): {entry.proves}", flush=True)
+        done = run_entry(entry, limit=limit, rehearse=rehearse, folder=folder, watch=watch)
+        row |= {"status": done.status, "seconds": round(done.seconds, 1), "limit": round(limit, 1), "result": done.result}
+        if done.status != PASSED:
+            row["output"] = done.tail
+        write_json(folder / "gpu.json", whole)
+        print(done.tail, flush=True)
+        print(summary(rows), flush=True)
+    write_json(folder / "gpu.json", whole)
+    return whole
+
+
+def summary(rows: dict[str, Any]) -> str:
+    """One line an entry."""
+    lines = [
+        f"  {row['status']:12}{row.get('seconds', ''):>7}  {name}{' (correctness)' if row['correctness'] else ''}"
+        for name, row in rows.items()
+    ]
+    return "\n".join(["summary: status, seconds, entry", *lines])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--entries", nargs="+", choices=[entry.name for entry in ENTRIES], help="only these")
+    parser.add_argument("--start", choices=[entry.name for entry in ENTRIES], help="only this one and those after it")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="for all entries together")
+    parser.add_argument("--rehearse", action="store_true", help="on a CPU, tiny shapes")
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or paths.ROOT / "benchmarks" / "results"))
+    args = parser.parse_args()
+    names = [entry.name for entry in ENTRIES]
+    chosen = args.entries or names[names.index(args.start) if args.start else 0 :]
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) if args.rehearse and "OUT" not in os.environ else args.out
+        folder.mkdir(parents=True, exist_ok=True)
+        picked = [entry for entry in ENTRIES if entry.name in chosen]
+        rows = run_all(picked, folder=folder.resolve(), budget=60 * args.minutes, rehearse=args.rehearse)["entries"]
+    waiting = [name for name, row in rows.items() if row["status"] == NOT_STARTED]
+    print(summary(rows))
+    if waiting:
+        print(f"there was no time for the rest: python benchmarks/gpu/run_all.py --entries {' '.join(waiting)}")
+    wrong = [name for name, row in rows.items() if row["correctness"] and row["status"] != PASSED]
+    if wrong:
+        print(f"not shown to be correct: {', '.join(wrong)}")
+    if args.rehearse:
+        wrong += [name for name, row in rows.items() if row["status"] != PASSED]
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
