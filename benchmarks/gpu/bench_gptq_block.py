@@ -5,9 +5,9 @@
     python benchmarks/gpu/bench_gptq_block.py solve       # a whole solve, 4096 x 4096
     python benchmarks/gpu/bench_gptq_block.py solve_wide  # K = 14336, N = 4096
 
-Codes are bit for bit those of plain JAX where sums are exact; where they are not, the fraction that differs is checked. Times of a
-block are slopes (`timing.py`). A whole solve is Hessian excluded, factor included, the quickest of `--repeats` calls; the targets
-are 4 ms and 90 ms.
+Codes are bit for bit those of plain JAX where sums are exact; else the fraction that differs is checked. Times of a block are
+slopes (`timing.py`). A whole solve is Hessian excluded, factor included, the quickest of `--repeats` calls; the targets are 4 ms
+and 90 ms.
 """
 
 import dataclasses
@@ -79,7 +79,7 @@ def time_blocks(record: Record, rehearse: bool, repeats: int) -> None:
 
         steps = {name: (functools.partial(step, run=runs(shape, name)), w_rn, operands) for name in backends}
         times = slopes(steps, repeats)
-        profiled = device_times(lambda run=runs(shape, backends[0]), w=w_rn, block=operands[0]: run(w, *block))
+        profiled = device_times(functools.partial(runs(shape, backends[0]), w_rn, *operands[0]))
         row = {f"{name}_us": slope.seconds * 1e6 for name, slope in times.items()}
         record.add("blocks", {"shape": str(shape), **row, "profiled_us": profiled})
 

@@ -32,15 +32,19 @@ ERROR_OF_TIMED = 2.0**-7
 """Relative to the norm of the result, bfloat16: rounding gives 2^-9."""
 
 
-def runs_on(backend: str, shape: Shape) -> bool:
+def runs_on(backend: Backend, shape: Shape) -> bool:
     """Whether a backend has a kernel for a shape."""
     return backend != "mosaic" or (shape.bits == 4 and shape.dtype != "float32")
 
 
-def check(record: Record, backend: str, rehearse: bool, seed: int) -> bool:
+def ran_by(backend: Backend, rehearse: bool) -> Backend:
+    """The backend itself; in a rehearsal Pallas' interpreter, and plain JAX for Mosaic GPU."""
+    return backend if not rehearse else "jax" if backend == "mosaic" else "interpret"
+
+
+def check(record: Record, backend: Backend, rehearse: bool, seed: int) -> bool:
     """Whether every product is right; an error in one is recorded, and the next is tried."""
-    ran: Backend = "jax" if rehearse and backend == "mosaic" else "interpret" if rehearse else backend
-    all_right = True
+    ran, all_right = ran_by(backend, rehearse), True
     for number, shape in enumerate(shapes_of("rehearse" if rehearse else "check")):
         if not runs_on(backend, shape):
             continue
@@ -71,7 +75,7 @@ def ceilings(rehearse: bool, repeats: int = 20) -> dict[str, float]:
     return {"bytes_per_second": 2 * big.nbytes / min(times["copy"]), "macs_per_second": side**3 / min(times["matmul"])}
 
 
-def random_kernel(shape: Shape, seed: int, backend: str) -> Kernel:
+def random_kernel(shape: Shape, seed: int, backend: Backend) -> Kernel:
     """A kernel of random words, made on the device."""
     layout = shape.layout
     words, scales = jax.random.split(jax.random.key(seed))
@@ -101,9 +105,9 @@ def error_of(x: jax.Array, kernel: Kernel, backend: Backend) -> float:
     return float(error(x, kernel))
 
 
-def time_shape(shape: Shape, speed: dict[str, float], backend: str, rehearse: bool, repeats: int) -> dict[str, Any]:
+def time_shape(shape: Shape, speed: dict[str, float], backend: Backend, rehearse: bool, repeats: int) -> dict[str, Any]:
     """One product: its time, XLA's on bfloat16 weights, the floor, and whether it is right."""
-    ran: Backend = "interpret" if rehearse else backend
+    ran = ran_by(backend, rehearse)
     first = random_kernel(shape, 0, backend)
     packed_bytes, dense_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(first)), 2 * shape.k * shape.n
     copies, dense_copies = (2 if rehearse else max(2, int(COLD_BYTES // size) + 1) for size in (packed_bytes, dense_bytes))
@@ -146,7 +150,7 @@ def time_shape(shape: Shape, speed: dict[str, float], backend: str, rehearse: bo
     }
 
 
-def times(record: Record, shapes: tuple[Shape, ...], backend: str, rehearse: bool, repeats: int) -> bool:
+def times(record: Record, shapes: tuple[Shape, ...], backend: Backend, rehearse: bool, repeats: int) -> bool:
     """Times shapes, whatever becomes of one; whether all ran and were right."""
     speed = ceilings(rehearse)
     record.put(ceilings=speed)

@@ -1,11 +1,12 @@
-"""The whole job on the GPU: the embedded model quantized, its codes and perplexity against those of the CPU; and the demonstration.
+"""The whole job on the GPU: the embedded model quantized, against codes and perplexity of the CPU; and the demonstration.
 
     python benchmarks/gpu/check_model.py quantize
     python benchmarks/gpu/check_model.py demo
 
 A process that sees the CPU alone quantizes the same model with the same tokens. Activations differ in their last bits, so that
-codes within rounding of a tie differ, and after them others of their columns: they are counted, by linear. Perplexities must agree
-to 1 %. The demonstration compares float, round-to-nearest and GPTQ at each width, and fails where GPTQ is not between the others.
+codes within rounding of a tie differ, and after them others of their columns: they are counted, by linear. Perplexities must
+agree to 1 %. The demonstration compares float, round-to-nearest and GPTQ at each width, and fails where GPTQ is not between the
+others.
 """
 
 import dataclasses

@@ -3,7 +3,7 @@
     python benchmarks/gpu/check_solver.py
 
 The factor R of the damped Hessian: `R^T R` in float64 is the Hessian to the rounding of float32, which a product in TF32 would
-miss by a factor of a thousand. The codes: their loss in float64 is that of the codes from the CPU, which another process computes.
+miss by a factor of a thousand. The codes: their loss in float64 is that of the codes which another process computes on the CPU.
 """
 
 import argparse

@@ -17,47 +17,35 @@ class Entry:
     correctness: bool = False  # whether the whole run fails where it does not pass
 
 
-def _entry(name: str, proves: str, command: str, seconds: float, correctness: bool = False) -> Entry:
-    script, *arguments = command.split()
-    path = str(HERE / script)
-    return Entry(name=name, proves=proves, command=(path, *arguments), seconds=seconds, correctness=correctness)
+def _check(name: str, script: str, seconds: float, proves: str) -> Entry:
+    return dataclasses.replace(_time(name, script, seconds, proves), correctness=True)
+
+
+def _time(name: str, script: str, seconds: float, proves: str) -> Entry:
+    path, *arguments = script.split()
+    return Entry(name=name, proves=proves, command=(str(HERE / path), *arguments), seconds=seconds)
 
 
 ENTRIES = (
-    _entry(
+    _check(
         "environment",
-        "device, versions, commit; the compiler's description of the device, for compiling without it",
         "environment.py --target gpu_target_config.pbtxt",
         60,
-        correctness=True,
+        "device, versions and commit are known; the compiler's description of the device, to compile for it without it",
     ),
-    _entry(
-        "int4_check",
-        "int4 and int8 products are those of float64, every shape of the list",
-        "bench_int4_matmul.py check",
-        150,
-        True,
-    ),
-    _entry("block_check", "the solver's inner loop gives the codes of plain JAX", "bench_gptq_block.py check", 90, True),
-    _entry("int4_first", "times of int4 products at three shapes, M of 1 to 128", "bench_int4_matmul.py time_first", 200),
-    _entry("solver_check", "factor and codes on the GPU against float64 and the CPU", "check_solver.py", 100, True),
-    _entry(
-        "quantize_check",
-        "the embedded model quantized: codes and perplexity against the CPU",
-        "check_model.py quantize",
-        150,
-        True,
-    ),
-    _entry("mosaic_check", "the kernel in Mosaic GPU is right", "bench_int4_matmul.py check --backend mosaic", 90, True),
-    _entry(
-        "ceilings", "bytes a second of a copy, multiply-adds a second of a bfloat16 matmul", "bench_int4_matmul.py ceilings", 40
-    ),
-    _entry("block_time", "times of a block, kernel and plain JAX", "bench_gptq_block.py time", 60),
-    _entry("solve", "a whole solve of 4096 x 4096 (target 4 ms)", "bench_gptq_block.py solve", 60),
-    _entry("demo", "the demonstration: GPTQ between float and round-to-nearest", "check_model.py demo", 120),
-    _entry("tune", "the quickest of at most ten tilings a product", "tune_int4_matmul.py --seconds 120", 150),
-    _entry("mosaic_first", "times of the kernel in Mosaic GPU", "bench_int4_matmul.py time_first --backend mosaic", 100),
-    _entry("solve_wide", "a whole solve, K = 14336 (target 90 ms)", "bench_gptq_block.py solve_wide", 60),
-    _entry("job", "seconds of the whole job at each preset", "bench_job.py", 150),
-    _entry("int4_later", "times at all other shapes and M", "bench_int4_matmul.py time", 400),
+    _check("int4_check", "bench_int4_matmul.py check", 150, "int4 and int8 products are those of float64, at every shape"),
+    _check("block_check", "bench_gptq_block.py check", 90, "the solver's inner loop gives the codes of plain JAX"),
+    _check("solver_check", "check_solver.py", 100, "factor and codes are those of float64 and of the CPU"),
+    _check("quantize_check", "check_model.py quantize", 150, "the embedded model quantized: perplexity and codes of the CPU"),
+    _check("mosaic_check", "bench_int4_matmul.py check --backend mosaic", 60, "the same of the kernel in Mosaic GPU"),
+    _time("ceilings", "bench_int4_matmul.py ceilings", 30, "bytes a second of a copy, operations of a bfloat16 matmul"),
+    _time("int4_first", "bench_int4_matmul.py time_first", 200, "int4 products against bfloat16, three shapes, M of 1 to 128"),
+    _time("block_time", "bench_gptq_block.py time", 50, "a block of the solver, the kernel against plain JAX"),
+    _time("solve", "bench_gptq_block.py solve", 50, "a whole solve of 4096 x 4096; the target is 4 ms"),
+    _time("demo", "check_model.py demo", 100, "GPTQ lies between float and round-to-nearest at 4, 3 and 2 bits"),
+    _time("tune", "tune_int4_matmul.py --seconds 100", 120, "the quickest of at most ten tilings besides the rule's"),
+    _time("mosaic_first", "bench_int4_matmul.py time_first --backend mosaic", 90, "the kernel in Mosaic GPU, as int4_first"),
+    _time("solve_wide", "bench_gptq_block.py solve_wide", 50, "a whole solve of K = 14336, N = 4096; the target is 90 ms"),
+    _time("job", "bench_job.py", 120, "load, quantize and save a random Llama of 12 blocks, at each preset"),
+    _time("int4_later", "bench_int4_matmul.py time", 300, "int4 products at all other shapes and M"),
 )

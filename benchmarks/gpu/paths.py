@@ -10,6 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 FOLDERS = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests" / "support")]
 sys.path[:0] = FOLDERS
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # some scripts start others, which use the same device
 
 
 def environment() -> dict[str, str]:

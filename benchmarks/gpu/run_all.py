@@ -4,10 +4,10 @@
     python benchmarks/gpu/run_all.py --minutes 9           # what fits; it ends with the command for the rest
     python benchmarks/gpu/run_all.py --rehearse            # on a CPU, tiny shapes: that nothing fails for a typing error
 
-Every entry of `entries.py` is a process with a time limit of its own; one that fails or hangs is reported and passed over. Results
-are on the disk at any time, in $OUT if that is set, else in `benchmarks/results`: `gpu.json` holds every entry's status and result,
-partial ones included, `gpu.log` the output of all, `gpu_target_config.pbtxt` the compiler's description of the device. The exit
-status is not zero where an entry about correctness did not pass.
+Every entry of `entries.py` is a process with a time limit of its own; one that fails or hangs is reported and passed over.
+Results are on the disk at any time, in $OUT if that is set, else in `benchmarks/results`: `gpu.json` holds every entry's status
+and result, partial ones included, `gpu.log` the output of all, `gpu_target_config.pbtxt` the compiler's description of the device.
+The exit status is not zero where an entry about correctness did not pass; in a rehearsal, where any entry did not.
 """
 
 import argparse
@@ -32,7 +32,13 @@ SHORTEST = 20.0
 """Seconds that have to be left for an entry to be started."""
 GRACE = 5.0
 """Seconds between asking a process to end and ending it."""
-PASSED, FAILED, TIMED_OUT, NOT_STARTED = "passed", "failed", "timed out", "not started"
+QUICK_TO_COMPILE = {
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.05",
+}
+"""The environment of a rehearsal: what LLVM optimizes takes longer than tiny shapes save."""
+PASSED, FAILED, TIMED_OUT, NOT_STARTED, UNFINISHED = "passed", "failed", "timed out", "not started", "unfinished"
 
 
 @dataclasses.dataclass
@@ -45,14 +51,17 @@ class Done:
     tail: str  # the end of its output
 
 
-def run_entry(entry: Entry, *, limit: float, rehearse: bool, folder: Path, watch: Callable[[Any], None]) -> Done:
+def run_entry(
+    entry: Entry, *, limit: float, folder: Path, environment: dict[str, str], options: Sequence[str], watch: Callable[[Any], None]
+) -> Done:
     """Runs one entry to its end or its limit.
 
     Args:
       entry: what to run.
       limit: seconds.
-      rehearse: whether it runs on a CPU.
       folder: for `gpu.log`, and its working directory.
+      environment: of the process.
+      options: added to its command.
       watch: called with the record whenever that has changed.
 
     Returns:
@@ -60,14 +69,15 @@ def run_entry(entry: Entry, *, limit: float, rehearse: bool, folder: Path, watch
     """
     with tempfile.TemporaryDirectory() as scratch, (folder / "gpu.log").open("ab") as log:
         record = Path(scratch) / "record.json"
-        command = [sys.executable, *entry.command, "--record", str(record), *(["--rehearse"] if rehearse else [])]
+        command = [sys.executable, *entry.command, "--record", str(record), *options]
         log.write(f"\n== {entry.name}: {' '.join(command)}\n".encode())
         log.flush()
         offset, started = log.tell(), time.monotonic()
         process = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, cwd=folder, env=paths.environment(), start_new_session=True
+            command, stdout=log, stderr=subprocess.STDOUT, cwd=folder, env=environment, start_new_session=True
         )
-        seen, status = None, None
+        seen: Any = None
+        status: str | None = None
         while status is None:
             try:
                 status = PASSED if process.wait(timeout=0.2) == 0 else FAILED
@@ -104,7 +114,7 @@ def run_all(entries: Sequence[Entry], *, folder: Path, budget: float, rehearse: 
 
     Args:
       entries: what to run.
-      folder: where results go.
+      folder: where results go; a `gpu.json` that is there keeps its other entries.
       budget: seconds for all of them together.
       rehearse: whether they run on a CPU.
 
@@ -112,31 +122,44 @@ def run_all(entries: Sequence[Entry], *, folder: Path, budget: float, rehearse: 
       What `gpu.json` holds.
     """
     deadline = time.monotonic() + budget
-    whole: dict[str, Any] = {"rehearsal": rehearse, "entries": {}}
-    if (folder / "gpu.json").exists() and (old := json.loads((folder / "gpu.json").read_text()))["rehearsal"] == rehearse:
-        whole = old  # of a run that stopped for want of time: its other entries stay
-    rows = whole["entries"]
-    for entry in entries:
-        rows[entry.name] = {"status": NOT_STARTED, "proves": entry.proves, "correctness": entry.correctness, "result": None}
-    for entry in entries:
-        left, row = deadline - time.monotonic(), rows[entry.name]
-        if left < SHORTEST:
-            break
-        limit = min(entry.seconds, left)
+    whole = _begun(entries, folder / "gpu.json", rehearse)
+    with tempfile.TemporaryDirectory() as cache:
+        quick = QUICK_TO_COMPILE | {"JAX_COMPILATION_CACHE_DIR": cache} if rehearse else {}
+        for entry in entries:
+            left, row = deadline - time.monotonic(), whole["entries"][entry.name]
+            if left < min(SHORTEST, entry.seconds):
+                break
+            limit = min(entry.seconds, left)
 
-        def watch(result: Any, row: dict[str, Any] = row) -> None:
-            row |= {"status": TIMED_OUT, "result": result}  # unless it ends before its limit
+            def watch(result: Any, row: dict[str, Any] = row) -> None:
+                row |= {"status": UNFINISHED, "result": result}
+                write_json(folder / "gpu.json", whole)
+
+            print(f"== {entry.name} (at most {limit:.0f} s): {entry.proves}", flush=True)
+            done = run_entry(
+                entry,
+                limit=limit,
+                folder=folder,
+                environment=paths.environment() | quick,
+                options=["--rehearse"] if rehearse else [],
+                watch=watch,
+            )
+            row |= {"status": done.status, "seconds": round(done.seconds, 1), "limit": round(limit, 1), "result": done.result}
+            row["output"] = "" if done.status == PASSED else done.tail
             write_json(folder / "gpu.json", whole)
+            print(f"{done.tail}\n{summary(whole['entries'])}", flush=True)
+    return whole
 
-        print(f"== {entry.name} (at most {limit:.0f} s): {entry.proves}", flush=True)
-        done = run_entry(entry, limit=limit, rehearse=rehearse, folder=folder, watch=watch)
-        row |= {"status": done.status, "seconds": round(done.seconds, 1), "limit": round(limit, 1), "result": done.result}
-        if done.status != PASSED:
-            row["output"] = done.tail
-        write_json(folder / "gpu.json", whole)
-        print(done.tail, flush=True)
-        print(summary(rows), flush=True)
-    write_json(folder / "gpu.json", whole)
+
+def _begun(entries: Sequence[Entry], path: Path, rehearse: bool) -> dict[str, Any]:
+    """What `gpu.json` holds before the first entry."""
+    whole: dict[str, Any] = {"rehearsal": rehearse, "entries": {}}
+    if path.exists() and (old := json.loads(path.read_text()))["rehearsal"] == rehearse:
+        whole = old
+    for entry in entries:
+        row = {"status": NOT_STARTED, "proves": entry.proves, "correctness": entry.correctness, "result": None}
+        whole["entries"][entry.name] = row
+    write_json(path, whole)
     return whole
 
 

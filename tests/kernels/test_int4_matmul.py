@@ -69,11 +69,13 @@ def test_products_are_those_of_the_oracle(shape, backend):
     assert_is_product(int4_matmul_runtime(x, packed.kernel, backend=backend), x, packed.w_kn)
 
 
-def test_a_compiled_product_runs_where_x_is_permuted():
-    # XLA has compiled the product of a permuted bfloat16 x of this shape for a CPU as something that it cannot run.
-    packed = case(1536, 640, 96, sym=False, reordered=True)
-    x = random_rows(129, 1536, "bfloat16")
-    y = jax.jit(lambda x, kernel: int4_matmul_runtime(x, kernel, backend="jax"))(x, packed.kernel)
+@pytest.mark.parametrize(
+    ("backend", "m", "k", "n", "group_size"), [("jax", 129, 1536, 640, 96), ("interpret", 257, 128, 64, 128)]
+)
+def test_a_compiled_product_runs_where_x_is_permuted(backend, m, k, n, group_size):
+    # XLA has compiled the product of a permuted bfloat16 x of these shapes for a CPU as something that it cannot run.
+    packed, x = case(k, n, group_size, sym=False, reordered=True), random_rows(m, k, "bfloat16")
+    y = jax.jit(lambda x, kernel: int4_matmul_runtime(x, kernel, backend=backend))(x, packed.kernel)
     assert_is_product(y, x, packed.w_kn)
 
 
