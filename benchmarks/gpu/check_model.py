@@ -35,8 +35,11 @@ PERPLEXITY = 0.01
 
 def tokens(rehearse: bool) -> tuple[np.ndarray, np.ndarray]:
     """Calibration rows, and an evaluation stream."""
-    calib, stream = demo_tokens(tinycode.FOLDER, *sources(tinycode.FOLDER, None, None), 128, tinycode.SEQ_LEN)
-    return (calib[:8], stream[:2048]) if rehearse else (calib, stream)
+    texts = sources(tinycode.FOLDER, None, None)
+    if not rehearse:
+        return demo_tokens(tinycode.FOLDER, *texts, 128, tinycode.SEQ_LEN)
+    calib, stream = demo_tokens(tinycode.FOLDER, *(text[:4] for text in texts), 4, tinycode.SEQ_LEN)
+    return calib, stream[:1024]
 
 
 def quantized(preset: str, rehearse: bool) -> dict[str, np.ndarray]:

@@ -6,7 +6,7 @@
 
 Every entry of `entries.py` is a process with a time limit of its own; one that fails or hangs is reported and passed over.
 Results are on the disk at any time, in $OUT if that is set, else in `benchmarks/results`: `gpu.json` holds every entry's status
-and result, partial ones included, `gpu.log` the output of all, `gpu_target_config.pbtxt` the compiler's description of the device.
+and result, partial ones included, `gpu.log` the output of all, `gpu_target_config.pbtxt` what the compiler reads of the device.
 The exit status is not zero where an entry about correctness did not pass; in a rehearsal, where any entry did not.
 """
 
