@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INTEROP := .venv-interop
 
-.PHONY: demo test lint check wheel gpu-compile interop interop-venv bench clean
+.PHONY: demo test lint check wheel gpu-compile gpu-rehearsal interop interop-venv bench clean
 
 .venv/runtime: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -57,6 +57,10 @@ export WHEEL_CHECK
 # Every kernel compiled for an H200 that need not be there, against the recorded registers, spills and instructions.
 gpu-compile: .aot/ready
 	PYTHONPATH=.aot $(BIN)/python benchmarks/gpu/compile_kernels.py
+
+# What runs on a GPU, on a CPU with tiny shapes: every script to its end.
+gpu-rehearsal: .venv/tools
+	$(BIN)/python benchmarks/gpu/run_all.py --rehearse
 
 # Peers bring a torch and a transformers of their own.
 $(INTEROP)/ready:

@@ -1,6 +1,7 @@
-"""The GPU compiler without a GPU: topologies of NVIDIA devices that need not be there.
+"""The GPU compiler without a GPU: programs are compiled for the topology of an H200.
 
-The two packages that hold it go into a folder of their own, so that other programs do not look for a GPU (`make .aot/ready`).
+The two packages that hold the compiler go into a folder of their own, so that other programs do not look for a GPU
+(`make .aot/ready`).
 """
 
 from collections.abc import Callable
@@ -10,8 +11,9 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-jax.config.update("jax_platforms", "cpu")  # the topology's devices compile and hold nothing
-# What the compiler must know of the device; from its data sheets.
+jax.config.update("jax_platforms", "cpu")  # a topology's devices compile and hold no arrays
+
+# What the compiler reads of a device; from its data sheets. `benchmarks/gpu/environment.py` writes that of a GPU that is there.
 H200 = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
@@ -29,22 +31,22 @@ device_description_str: "NVIDIA H200"
 
 def topology(devices: int) -> Any:
     """H200s of one host."""
-    _tell_pallas()
+    _set_architecture()
     return topologies.get_topology_desc(platform="cuda", topology_name="h200", topology=f"1x{devices}x1", target_config=H200)
 
 
-def _tell_pallas() -> None:
-    """Pallas asks the device for its architecture, from jax 0.11 on without a default."""
+def _set_architecture() -> None:
+    """Gives Pallas the architecture, which from jax 0.11 on it asks the device for."""
     try:
         from jax._src.pallas.triton import gpu_info
     except ImportError:
         return
-    found = gpu_info.GpuInfo(gpu_version=gpu_info.GpuVersion.H200, arch_name="9.0", compute_capability=90)
-    gpu_info.get_gpu_info = lambda: found
+    h200 = gpu_info.GpuInfo(gpu_version=gpu_info.GpuVersion.H200, arch_name="9.0", compute_capability=90)
+    gpu_info.get_gpu_info = lambda: h200
 
 
-def compiled(function: Callable[..., Any], operands: list[jax.ShapeDtypeStruct], target: Any) -> Any:
-    """The function compiled for the first device of a topology."""
+def compiled(function: Callable[..., Any], operands: list[Any], target: Any) -> Any:
+    """The function compiled for the first device of a topology; operands are pytrees of `jax.ShapeDtypeStruct`."""
     place = SingleDeviceSharding(target.devices[0])
-    placed = [jax.ShapeDtypeStruct(one.shape, one.dtype, sharding=place) for one in operands]
+    placed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), operands)
     return jax.jit(function).lower(*placed).compile()

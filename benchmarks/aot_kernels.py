@@ -1,6 +1,6 @@
-"""How a kernel compiles: its PTX as the compiler of the topology leaves it, and what ptxas says of it.
+"""How a kernel compiles: its PTX as the compiler of the topology writes it, and what ptxas says of it.
 
-Import this before jax: where the PTX is left is said by the environment.
+To be imported before jax: it sets in the environment where the PTX is written.
 """
 
 import os
@@ -29,7 +29,7 @@ def facts(function: Callable[..., Any], operands: list[Any], target: Any, name: 
 
     Args:
       function: the program.
-      operands: its shapes.
+      operands: its operands, pytrees of shapes and dtypes.
       target: of `aot.topology`.
       name: how the kernel's name begins.
       codes: how many of them a thread expands in one round of its longest loop; 0 where that is not asked.
@@ -40,12 +40,10 @@ def facts(function: Callable[..., Any], operands: list[Any], target: Any, name: 
     for old in _DUMP.iterdir():
         old.unlink()
     aot.compiled(function, operands, target)
-    found = [text for path in _DUMP.rglob("*.ptx") if re.search(rf"\.entry {name}", text := path.read_text())]
-    if len(found) != 1:
-        raise SystemExit(
-            f"expected the PTX of one kernel {name}, found {len(found)} in {[path.name for path in _DUMP.iterdir()]}"
-        )
-    result, sass = _assembled(found[0], name)
+    ptx = [text for path in _DUMP.rglob("*.ptx") if re.search(rf"\.entry {name}", text := path.read_text())]
+    if len(ptx) != 1:
+        raise SystemExit(f"expected the PTX of one kernel {name}, found {len(ptx)} in {[path.name for path in _DUMP.iterdir()]}")
+    result, sass = _assembled(ptx[0], name)
     counted = {key: sum(_opcode(line) == opcode for line in sass) for opcode, key in _COUNTED.items()}
     result |= {key: count for key, count in counted.items() if count}
     return result if codes == 0 else {**result, "integer_operations_per_code": round(integer_operations(sass) / codes, 2)}
@@ -70,27 +68,27 @@ def _assembled(ptx: str, name: str) -> tuple[dict[str, int], list[str]]:
 
 
 def _tool(name: str) -> str:
-    """A program of NVIDIA's, beside the compiler's packages."""
-    found = [place for entry in sys.path for place in Path(entry).glob(f"nvidia/cu*/bin/{name}")]
-    if not found:
+    """A program of NVIDIA's, from the packages of the compiler."""
+    programs = [place for entry in sys.path for place in Path(entry).glob(f"nvidia/cu*/bin/{name}")]
+    if not programs:
         raise SystemExit(f"{name} is missing: make .aot/ready, and run with PYTHONPATH=.aot")
-    found[0].chmod(0o755)
-    return str(found[0])
+    programs[0].chmod(0o755)
+    return str(programs[0])
 
 
 def _opcode(line: str) -> str:
     """LOP3 of `/*0a30*/  @P0 LOP3.LUT R0, R1, ...`, or nothing."""
-    found = re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*)", line)
-    return found[1] if found else ""
+    match = re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*)", line)
+    return match[1] if match else ""
 
 
 def integer_operations(sass: list[str]) -> int:
-    """Integer operations in the longest loop of a kernel, from a label to the branch back to it; moves are none."""
-    labels = {found[1]: number for number, line in enumerate(sass) if (found := re.match(r"(\.L\w+):", line.strip()))}
+    """Integer operations in the longest loop of a kernel, from a label to the branch back to it; moves are not counted."""
+    labels = {label[1]: number for number, line in enumerate(sass) if (label := re.match(r"(\.L\w+):", line.strip()))}
     loops = [
         (labels[target], number)
         for number, line in enumerate(sass)
-        if (found := re.search(r"\bBRA\b.*`\((\.L\w+)\)", line)) and labels.get(target := found[1], number) < number
+        if (branch := re.search(r"\bBRA\b.*`\((\.L\w+)\)", line)) and labels.get(target := branch[1], number) < number
     ]
     if not loops:
         return 0

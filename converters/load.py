@@ -17,7 +17,7 @@ from jgptq.errors import ArchitectureError, CheckpointError
 from jgptq.models import Block, Decoder, Head, Linear, ModelConfig, Origin, RMSNorm, Unit, config_from_hf
 from jgptq.models.packed import PackedTensor, validate
 from jgptq.settings.sizes import BITS, group_rows
-from pallas_kernels.layout import pack_codes, unpack_codes
+from pallas_kernels.packing import pack_codes, unpack_codes
 
 Leaf = np.ndarray | PackedTensor
 

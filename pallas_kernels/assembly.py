@@ -1,4 +1,4 @@
-"""Operations that Triton has no name for, as PTX, element by element."""
+"""Inline PTX in Triton kernels, for operations that Pallas has no name for."""
 
 import jax
 import jax.numpy as jnp

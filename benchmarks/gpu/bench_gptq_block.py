@@ -1,117 +1,124 @@
-"""The solver on a GPU: its inner loop as a kernel against plain JAX, codes first, then times; and a whole solve with each.
+"""The solver's inner loop on a GPU: the kernel against plain JAX, codes first, then times; and whole solves.
 
-    PYTHONPATH=. python benchmarks/gpu/bench_gptq_block.py [--quick] [--name gptq_block_gpu]
+    python benchmarks/gpu/bench_gptq_block.py check       # codes, with grids that are given and that are searched
+    python benchmarks/gpu/bench_gptq_block.py time        # one block of 128 rows and 4096 columns
+    python benchmarks/gpu/bench_gptq_block.py solve       # a whole solve, 4096 x 4096
+    python benchmarks/gpu/bench_gptq_block.py solve_wide  # K = 14336, N = 4096
 
-Codes: bit for bit those of plain JAX where sums are exact, and the fraction that differs where they are not, with grids that are
-given and with grids that are searched as groups begin. Times: the quickest of `--repeats` runs, both in turns. The whole solve is
-Hessian excluded, factor included; the targets are 4 ms at 4096 x 4096 and 90 ms at K = 14336, N = 4096.
+Codes are bit for bit those of plain JAX where sums are exact; else the fraction that differs is checked. Times of a block are
+slopes (`timing.py`). A whole solve is Hessian excluded, factor included, the quickest of `--repeats` calls; the targets are 4 ms
+and 90 ms.
 """
 
-import argparse
+import dataclasses
 import functools
-import sys
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
+import paths  # isort: skip  # noqa: F401
 import jax
 import jax.numpy as jnp
-import numpy as np
-from bench_int4_matmul import seconds
-from common import circumstances, write_result
+from random_blocks import block_of
+from records import Record, arguments, require_gpu
+from timing import device_times, seconds, slopes
 
-from jgptq.settings.run import QuantizeConfig
+from jgptq.settings.solver import SolverConfig
 from jgptq.solver import prepare, solve_columns
-from jgptq.solver.grid import search_grid
-from pallas_kernels import BlockResult, Given, Searched, gptq_block
-from pallas_kernels.device import Backend
+from pallas_kernels import Backend, gptq_block
+from pallas_kernels.gptq_block.shapes import Shape, shapes_of
 
-GROUPS = (128, 32)
-TARGET_MS = {(4096, 4096): 4.0, (14336, 4096): 90.0}
-BACKENDS: tuple[Backend, ...] = ("triton", "jax")
-
-given = jax.jit(functools.partial(gptq_block, bits=4), static_argnames="backend")
-
-
-def block(rows: int, n: int, seed: int, exact: bool) -> tuple[jax.Array, jax.Array, Given]:
-    """Operands of one block; where `exact`, of so few bits that no sum is rounded."""
-    random = np.random.default_rng(seed)
-    if exact:
-        u_rr = np.eye(rows) + np.triu(random.integers(-1, 2, (rows, rows)) * (random.random((rows, rows)) < 0.05), 1)
-        w_rn, scale_rn = random.integers(-24, 25, (rows, n)) / 2, np.ones((1, n))
-    else:
-        u_rr = np.linalg.cholesky(np.cov(random.standard_normal((rows, 4 * rows))) + 0.1 * np.eye(rows)).T
-        w_rn, scale_rn = random.standard_normal((rows, n)), random.uniform(0.1, 0.3, (1, n))
-    w_rn, u_rr, scale_rn, zero_rn = (
-        jnp.asarray(part, jnp.float32) for part in (w_rn, u_rr, scale_rn, random.integers(0, 16, (1, n)))
-    )
-    return w_rn, u_rr, Given(scale_rn, zero_rn)
+SIZES = {"solve": (4096, 4096), "solve_wide": (14336, 4096)}
+TARGET_MS = {"solve": 4.0, "solve_wide": 90.0}
+BLOCKS = 4
+"""Operands of a pass: a block is small, and is in the cache when the solver calls the kernel as well."""
+DIFFER_GIVEN, DIFFER_SEARCHED = 0.01, 0.05
+"""Fractions of codes that may differ. A sum in another order chooses another scale for a few columns, and with it all their
+codes."""
 
 
-def on_the_way(of_group: int) -> Callable[..., BlockResult]:
-    """A block whose grids are found as its groups begin, by the solver's default search."""
-    search = functools.partial(search_grid, bits=4, sym=True, scale="hessian")
-
-    def run(w_rn: jax.Array, u_rr: jax.Array, backend: Backend) -> BlockResult:
-        weight_r = jnp.diagonal(u_rr)
-        return gptq_block(w_rn, u_rr, Searched(weight_r, of_group, search), bits=4, backend=backend)
-
-    return run
-
-
-def check(seed: int) -> dict[str, float]:
-    """Fractions of codes that differ; none may where sums are exact."""
-    differ = {}
-    for name, exact in (("exact", True), ("rounded", False)):
-        codes = [given(*block(128, 4096, seed, exact), backend=backend).codes_rn for backend in BACKENDS]
-        differ[name] = float(jnp.mean(codes[0] != codes[1]))
-    for of_group in GROUPS:
-        run = jax.jit(on_the_way(of_group), static_argnames="backend")
-        codes = [run(*block(128, 4096, seed, False)[:2], backend=backend).codes_rn for backend in BACKENDS]
-        differ[f"searched in groups of {of_group}"] = float(jnp.mean(codes[0] != codes[1]))
-    # A sum in another order chooses another scale for a column here and there, and all its codes with it.
-    if differ["exact"] > 0 or differ["rounded"] > 0.01 or max(differ.values()) > 0.05:
-        raise SystemExit(f"codes differ: {differ}")
-    return differ
+def check(record: Record, rehearse: bool, seed: int) -> bool:
+    """Whether codes of the kernel are those of plain JAX; an error in one shape is recorded, and the next is tried."""
+    all_right = True
+    for shape in shapes_of("rehearse" if rehearse else "check"):
+        exact = [True, False] if shape.grids != "searched" and not shape.drift else [False]
+        for sums_are_exact in exact:
+            row: dict[str, Any] = {"shape": str(shape), "exact": sums_are_exact, "seed": seed}
+            try:
+                row |= compared(shape, sums_are_exact, rehearse, seed)
+            except Exception as error:
+                row |= {"right": False, "error": f"{type(error).__name__}: {error}"[:2000]}
+            all_right &= row["right"]
+            record.add("checks", row)
+    return all_right
 
 
-def times_of_block(repeats: int) -> dict[str, float]:
-    """Microseconds of a block of 128 rows and 4096 columns, both backends in turns."""
-    operands = block(128, 4096, 1, False)
-    runs = {backend: (functools.partial(given, backend=backend), operands) for backend in BACKENDS}
-    for of_group in GROUPS:
-        run = jax.jit(on_the_way(of_group), static_argnames="backend")
-        runs |= {f"{backend}_group{of_group}": (functools.partial(run, backend=backend), operands[:2]) for backend in BACKENDS}
-    return {f"{name}_us": min(values) * 1e6 for name, values in seconds(runs, repeats).items()}
+def compared(shape: Shape, exact: bool, rehearse: bool, seed: int) -> dict[str, Any]:
+    """The fraction of codes that differ, and whether that is allowed."""
+    operands = block_of(shape, exact=exact, seed=seed)
+    backends: tuple[Backend, ...] = ("interpret" if rehearse else "triton", "jax")
+    codes = [runs(shape, backend)(*operands).codes_rn for backend in backends]
+    differ = float(jnp.mean(codes[0] != codes[1]))
+    allowed = 0.0 if exact else DIFFER_SEARCHED if shape.grids == "searched" else DIFFER_GIVEN
+    return {"differ": differ, "allowed": allowed, "right": differ <= allowed}
 
 
-def solves(k: int, n: int, repeats: int) -> dict[str, Any]:
+def runs(shape: Shape, backend: Backend) -> Any:
+    """A block as a program."""
+    return jax.jit(functools.partial(gptq_block, bits=shape.bits, backend=backend))
+
+
+def time_blocks(record: Record, rehearse: bool, repeats: int) -> None:
+    """Microseconds of one block, the kernel and plain JAX in turns."""
+    for shape in shapes_of("rehearse" if rehearse else "time"):
+        operands = [block_of(shape, seed=seed)[1:] for seed in range(BLOCKS)]
+        w_rn = block_of(shape, seed=BLOCKS)[0]
+        backends: tuple[Backend, ...] = ("interpret" if rehearse else "triton", "jax")
+
+        def step(w_rn: jax.Array, block: Any, run: Any) -> jax.Array:
+            # The error is what the rows of the next block read.
+            return w_rn + run(w_rn, *block).error_rn * jnp.float32(1e-30)
+
+        steps = {name: (functools.partial(step, run=runs(shape, name)), w_rn, operands) for name in backends}
+        times = slopes(steps, repeats)
+        profiled = device_times(functools.partial(runs(shape, backends[0]), w_rn, *operands[0]))
+        row = {f"{name}_us": slope.seconds * 1e6 for name, slope in times.items()}
+        record.add("blocks", {"shape": str(shape), **row, "profiled_us": profiled})
+
+
+def solve(record: Record, part: str, rehearse: bool, repeats: int) -> None:
     """A whole solve on the device."""
-    h = jax.random.normal(jax.random.key(0), (2 * k, k), jnp.float32) * jnp.exp(jax.random.normal(jax.random.key(1), (k,)))
-    h_kk, w_kn = h.T @ h / k, jax.random.normal(jax.random.key(2), (k, n), jnp.float32) * 0.05
-    config = QuantizeConfig()
-    solve = jax.jit(lambda w_kn, h_kk: solve_columns(w_kn, prepare(h_kk, config), config))
-    times = seconds({"solve": (solve, (w_kn, h_kk)), "prepare": (functools.partial(prepare, config=config), (h_kk,))}, repeats)
-    found = {"k": k, "n": n, **{f"{name}_ms": min(values) * 1e3 for name, values in times.items()}, "target_ms": TARGET_MS[k, n]}
-    print(found, flush=True)
-    return found
+    k, n = (256, 128) if rehearse else SIZES[part]
+    h_tk = jax.random.normal(jax.random.key(0), (2 * k, k), jnp.float32) * jnp.exp(jax.random.normal(jax.random.key(1), (k,)))
+    h_kk = jnp.matmul(h_tk.T, h_tk, precision=jax.lax.Precision.HIGHEST) / k
+    w_kn = jax.random.normal(jax.random.key(2), (k, n), jnp.float32) * 0.05
+    for name, config in (("searched", SolverConfig()), ("minmax", SolverConfig(scale="minmax"))):
+        started = functools.partial(prepare, h_kk, config)
+        prepared = started()
+        whole = jax.jit(lambda w_kn, h_kk, config=config: solve_columns(w_kn, prepare(h_kk, config), config))
+        of = {
+            "solve": functools.partial(whole, w_kn, h_kk),
+            "prepare": started,
+            "columns": functools.partial(solve_columns, w_kn, prepared, config),
+        }
+        times = {f"{key}_ms": min(values) * 1e3 for key, values in seconds(of, repeats).items()}
+        outcome = int(of["columns"]().outcome)
+        row = {"k": k, "n": n, "grids": name, "outcome": outcome, **times, "target_ms": TARGET_MS[part]}
+        record.add("solves", row | {"settings": dataclasses.asdict(config)})
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="4096 x 4096 alone")
+    parser = arguments(__doc__, ("check", "time", *SIZES))
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--name", default="gptq_block_gpu")
     args = parser.parse_args()
-    differ = check(args.seed)
-    print("codes that differ:", differ, flush=True)
-    of_block = times_of_block(args.repeats)
-    print(of_block, flush=True)
-    whole = [solves(k, n, args.repeats) for k, n in list(TARGET_MS)[: 1 if args.quick else 2]]
-    print("wrote", write_result(args.name, {**circumstances(), "differ": differ, "block_128x4096": of_block, "solves": whole}))
+    require_gpu(args.rehearse)
+    record, repeats = Record(args.record), 2 if args.rehearse else args.repeats
+    if args.part == "check":
+        if not check(record, args.rehearse, args.seed):
+            raise SystemExit("codes differ, or a kernel did not run: see the rows above that are not right")
+    elif args.part == "time":
+        time_blocks(record, args.rehearse, repeats)
+    else:
+        solve(record, args.part, args.rehearse, repeats)
 
 
 if __name__ == "__main__":

@@ -1,113 +1,103 @@
-"""Makes the tuning table: ways of cutting a product up that compile well, then the quickest of them on a GPU.
+"""The quickest of a few tilings for each product, timed on a GPU.
 
-    PYTHONPATH=.aot:. python benchmarks/gpu/tune_int4_matmul.py --prune      # needs no GPU: what compiles well, to a file
-    PYTHONPATH=. python benchmarks/gpu/tune_int4_matmul.py                   # on a GPU: times what the file lists
+    python benchmarks/gpu/tune_int4_matmul.py --record tunings.json [--seconds 150]    # on a GPU
+    python benchmarks/gpu/tune_int4_matmul.py --adopt gpu.json                         # anywhere: into the committed table
 
-For each shape and bucket of rows `tuning.candidates` lists what may be tried. Pruning compiles each for an H200 and drops what
-spills, what takes more registers than half a multiprocessor has, and what should have become wgmma and has not. The quickest of
-the rest, on cold weights, goes into `pallas_kernels/int4_matmul/tunings.json` where it beats the rule by more than 3 %.
+Tried are the rule's tiling and the ten that differ least from it, in turns, on cold weights; one that fails to compile is passed
+over. What beats the rule by more than 3 % is adopted into `pallas_kernels/int4_matmul/tunings.json`, from a record of this script
+or of `run_all.py`.
 """
 
-import argparse
 import dataclasses
+import functools
 import json
-import sys
+import time
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
-PRUNE = "--prune" in sys.argv
-if PRUNE:
-    import aot_kernels  # before jax
-
+import paths  # isort: skip
 import jax
 import jax.numpy as jnp
-from bench_int4_matmul import COLD_BYTES, GROUP, SHAPES, random_kernel, seconds
+from bench_int4_matmul import random_kernel
+from records import Record, arguments, require_gpu, write_json
+from timing import COLD_BYTES, chained, slopes
 
+from pallas_kernels import RuntimeKernel
 from pallas_kernels.int4_matmul import triton
-from pallas_kernels.int4_matmul.planes import Planes, RuntimeKernel
+from pallas_kernels.int4_matmul.shapes import Shape, shapes_of
 from pallas_kernels.int4_matmul.triton import Tiling
-from pallas_kernels.int4_matmul.tuning import BUCKETS, candidates, key_of, rule
+from pallas_kernels.int4_matmul.tuning import key_of, neighbours, rule
 
-TABLE = Path(triton.__file__).parent / "tunings.json"
-LISTED = HERE.parent / "results" / "tuning_candidates.json"
+TABLE = paths.ROOT / "pallas_kernels" / "int4_matmul" / "tunings.json"
+MOST = 10
 GAIN = 1.03
-REGISTERS = 65536 // 2
 
 
-def prune(shapes: list[tuple[int, int]], rows: list[int]) -> None:
-    """Writes what compiles well."""
-    from compile_kernels import product_case
-
-    target = aot_kernels.aot.topology(1)
-    listed = json.loads(LISTED.read_text()) if LISTED.exists() else {}
-    for k, n in shapes:
-        layout = Planes(k=k, n=n, bits=4, group_size=GROUP)
-        for m in rows:
-            kept = []
-            seen: dict[Tiling, bool] = {}
-            for tiling in candidates(m, layout, jnp.bfloat16):
-                alike = dataclasses.replace(tiling, parts=1)  # how many parts K has changes the ends of a loop alone
-                if alike not in seen:
-                    case = product_case("", m, layout, jnp.bfloat16, False, tiling)
-                    found = aot_kernels.facts(case.function, case.operands, target, case.kernel, 0)
-                    fits = found["spilled_bytes"] == 0 and found["registers"] * tiling.warps * 32 <= REGISTERS
-                    seen[alike] = fits and (tiling.form != "swapped" or "wgmma" in found)
-                if seen[alike]:
-                    kept.append(dataclasses.asdict(tiling))
-            listed[f"{k}x{n}, M {m}"] = kept
-            print(f"{k}x{n}, M {m}: {len(kept)} of {len(candidates(m, layout, jnp.bfloat16))}", flush=True)
-            LISTED.write_text(json.dumps(listed) + "\n")
+def timed(shape: Shape, tiling: Tiling, kernels: list[RuntimeKernel], rehearse: bool, repeats: int) -> float:
+    """Microseconds of a product, the chain included: it is the same for all."""
+    x = jax.random.normal(jax.random.key(0), (shape.m, shape.layout.padded_k), jnp.bfloat16)
+    product = jax.jit(functools.partial(triton.product, tiling=tiling, interpret=rehearse))
+    return slopes({"": (chained(product), x, kernels)}, repeats)[""].seconds * 1e6
 
 
-def program(kernels: list[RuntimeKernel], tiling: Tiling) -> Any:
-    """A run through all copies of the weights."""
+def tuned(shape: Shape, rehearse: bool, deadline: float) -> dict[str, Any]:
+    """The times of the tilings that were tried before the deadline, the rule's first, and the quickest."""
+    first = random_kernel(shape, 0, "triton")
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(first))
+    copies = 2 if rehearse else max(2, int(COLD_BYTES // size) + 1)
+    kernels = [first, *(random_kernel(shape, seed, "triton") for seed in range(1, copies))]
+    ruled = rule(shape.m, shape.layout, jnp.bfloat16)
+    tried = neighbours(shape.m, shape.layout, jnp.bfloat16, 2 if rehearse else MOST)
+    times: dict[Tiling, float] = {}
+    failed = []
+    for tiling in [ruled, *tried]:
+        if time.monotonic() > deadline:
+            break
+        try:
+            times[tiling] = timed(shape, tiling, kernels, rehearse, 2 if rehearse else 10)
+        except Exception as error:
+            failed.append({"tiling": dataclasses.asdict(tiling), "error": f"{type(error).__name__}: {error}"[:500]})
+    row: dict[str, Any] = {"shape": str(shape), "failed": failed, "skipped": 1 + len(tried) - len(times) - len(failed)}
+    row["times_us"] = [[dataclasses.asdict(tiling), value] for tiling, value in times.items()]
+    if ruled in times:
+        best = min(times, key=lambda tiling: times[tiling])
+        row |= {"gain": times[ruled] / times[best], "best": dataclasses.asdict(best)}
+        row["key"] = key_of(jax.devices()[0].device_kind, jax.__version__, shape.m, shape.layout, jnp.bfloat16)
+    return row
 
-    def run(x: jax.Array, kernels: list[RuntimeKernel]) -> list[jax.Array]:
-        return [triton.product(x, one.qweight, one.scales, one.zeros, one.layout, tiling, interpret=False) for one in kernels]
 
-    return jax.jit(run)
+def adopt(path: Path, table: Path = TABLE) -> int:
+    """Puts what beats the rule into the table; entries of the same product that do not are dropped. Returns how many there are.
 
-
-def best(k: int, n: int, m: int, tried: list[Tiling], repeats: int) -> tuple[str, Tiling | None]:
-    """The quickest tiling of one product, or None where the rule is as good."""
-    kernel, _ = random_kernel(k, n, GROUP, 0)
-    copies = max(2, int(COLD_BYTES // (kernel.qweight.nbytes + kernel.scales.nbytes)) + 1)
-    kernels = [jax.tree.map(lambda leaf, c=copy: jnp.roll(leaf, c, axis=0), kernel) for copy in range(copies)]
-    x = jax.random.normal(jax.random.key(0), (m, kernel.layout.padded_k), jnp.bfloat16)
-    ruled = rule(m, kernel.layout, x.dtype)
-    times = {
-        tiling: min(seconds({"": (program(kernels, tiling), (x, kernels))}, repeats)[""])
-        for tiling in dict.fromkeys([ruled, *tried])
-    }
-    quickest = min(times, key=lambda tiling: times[tiling])
-    gain = times[ruled] / times[quickest]
-    print(f"{k} x {n}, M {m}: {times[quickest] / copies * 1e6:.2f} us, {gain:.2f} times the rule's speed, {quickest}", flush=True)
-    key = key_of(jax.devices()[0].device_kind, jax.__version__, m, kernel.layout, x.dtype)
-    return key, quickest if gain > GAIN else None
+    Args:
+      path: a record of this script, or of `run_all.py`.
+      table: the committed table.
+    """
+    record = json.loads(path.read_text())
+    record = record["entries"]["tune"]["result"] if "entries" in record else record
+    known = json.loads(table.read_text())
+    for row in record["tunings"]:
+        if "key" in row:
+            known.pop(row["key"], None)
+            if row["gain"] > GAIN:
+                known[row["key"]] = row["best"]
+    write_json(table, dict(sorted(known.items())))
+    return len(known)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prune", action="store_true", help="compile without a GPU, and list what compiles well")
-    parser.add_argument("--shapes", default=",".join(f"{k}x{n}" for k, n in SHAPES))
-    parser.add_argument("--rows", default=",".join(map(str, BUCKETS)))
-    parser.add_argument("--repeats", type=int, default=10)
+    parser = arguments(__doc__)
+    parser.add_argument("--seconds", type=float, default=150, help="after which no tiling is begun")
+    parser.add_argument("--adopt", type=Path, help="a record; the table is made from it")
     args = parser.parse_args()
-    shapes = [(int(k), int(n)) for k, n in (shape.split("x") for shape in args.shapes.split(","))]
-    rows = list(map(int, args.rows.split(",")))
-    if args.prune:
-        prune(shapes, rows)
+    if args.adopt is not None:
+        print(f"{adopt(args.adopt)} entries in {TABLE}")
         return
-    table, listed = json.loads(TABLE.read_text()), json.loads(LISTED.read_text())
-    for k, n in shapes:
-        for m in rows:
-            key, tiling = best(k, n, m, [Tiling(**one) for one in listed.get(f"{k}x{n}, M {m}", [])], args.repeats)
-            table.pop(key, None)
-            if tiling is not None:
-                table[key] = dataclasses.asdict(tiling)
-            TABLE.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+    require_gpu(args.rehearse)
+    record, deadline = Record(args.record), time.monotonic() + args.seconds
+    record.put(seconds=args.seconds)
+    for shape in shapes_of("rehearse")[:1] if args.rehearse else shapes_of("tune"):
+        record.add("tunings", tuned(shape, args.rehearse, deadline))
 
 
 if __name__ == "__main__":

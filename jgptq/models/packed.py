@@ -8,11 +8,10 @@ import jax.numpy as jnp
 from jgptq.errors import CheckpointError
 from jgptq.notation import Array, Float, Int
 from jgptq.settings.sizes import BITS, ROW_MULTIPLE, group_rows, packable
-from pallas_kernels import int4_matmul
-from pallas_kernels.int4_matmul.planes import BITS as RUNTIME_BITS
-from pallas_kernels.int4_matmul.planes import RuntimeKernel, expanded, to_runtime
+from pallas_kernels import RuntimeKernel, dequantize_runtime, int4_matmul, int4_matmul_runtime, to_runtime
 from pallas_kernels.int4_matmul.reference import dequantize
-from pallas_kernels.layout import pack_codes, unpack_codes
+from pallas_kernels.int4_matmul.runtime import BITS as RUNTIME_BITS
+from pallas_kernels.packing import pack_codes, unpack_codes
 
 
 @jax.tree_util.register_dataclass
@@ -25,7 +24,7 @@ class PackedTensor:
         w[k, n] == scales[g(k), n] * (code[k, n] - zero[g(k), n])
 
     `code` is `qweight` unpacked along K; `zero` is `zeros` unpacked along N, or 2^(bits-1) where `zeros` is None. The layout of
-    `qweight` is that of the GPTQ file formats (`pallas_kernels.layout`).
+    `qweight` is that of the GPTQ file formats (`pallas_kernels.packing`).
     """
 
     qweight: Array  # int32 [K*bits/32, N]
@@ -46,14 +45,14 @@ class PackedTensor:
         rows = group_rows(self.shape[0], self.group_size)
         zeros, order = _optional(self.zeros), _optional(self.order)
         qweight, scales = jnp.asarray(self.qweight), jnp.asarray(self.scales)
-        return dequantize(qweight, scales, zeros, bits=self.bits, group_size=rows, order=order)
+        return dequantize(qweight, scales, zeros, bits=self.bits, group_size=rows, group_index=order)
 
     def matmul(self, x: Float[jax.Array, "*batch K"]) -> Float[jax.Array, "*batch N"]:
         """`x @ dequantize()` in the dtype of `x`."""
         rows = group_rows(self.shape[0], self.group_size)
         zeros, order = _optional(self.zeros), _optional(self.order)
         qweight, scales = jnp.asarray(self.qweight), jnp.asarray(self.scales)
-        return int4_matmul(x, qweight, scales, zeros, bits=self.bits, group_size=rows, order=order, layout="file")
+        return int4_matmul(x, qweight, scales, zeros, bits=self.bits, group_size=rows, group_index=order)
 
 
 @jax.tree_util.register_dataclass
@@ -71,14 +70,11 @@ class RuntimeTensor:
 
     def dequantize(self) -> Float[jax.Array, "K N"]:
         """The float32 `[K, N]` kernel, rows as in the file."""
-        w_kn = expanded(self.kernel)
-        return w_kn if self.kernel.order is None else w_kn[jnp.argsort(self.kernel.order)]
+        return dequantize_runtime(self.kernel)
 
     def matmul(self, x: Float[jax.Array, "*batch K"]) -> Float[jax.Array, "*batch N"]:
         """`x @ dequantize()` in the dtype of `x`: by the kernels on a GPU, in plain JAX elsewhere."""
-        kernel, layout = self.kernel, self.kernel.layout
-        arrays = (kernel.qweight, kernel.scales, kernel.zeros)
-        return int4_matmul(x, *arrays, group_size=layout.group_size, order=kernel.order, layout=layout, bits=layout.bits)
+        return int4_matmul_runtime(x, self.kernel)
 
 
 def at_runtime(packed: PackedTensor) -> PackedTensor | RuntimeTensor:

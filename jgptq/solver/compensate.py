@@ -204,8 +204,8 @@ class _Loop:
         target_bn, turn_kn = begun.target_bn, state.turn_kn
         put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=0)
         if begun.drift_bb is not None:
-            target_bn = target_bn + product(transposed(begun.drift_bb), found.turn_rn)
-            turn_kn = put(turn_kn, found.turn_rn)
+            target_bn = target_bn + product(transposed(begun.drift_bb), found.updated_rn)
+            turn_kn = put(turn_kn, found.updated_rn)
         moved_bn = target_bn - _points(found)
         return _State(
             put(state.w_kn, moved_bn),

@@ -1,1 +1,1 @@
-"""The inner loop of the solver: a block of rows quantized in sequence."""
+"""The solver's inner loop: a block of rows quantized in sequence."""

@@ -1,34 +1,22 @@
-"""The one door to products with packed codes: checks, the choice of a backend, and the gradient."""
+"""Products with packed codes: `int4_matmul` in the layout of the files, `int4_matmul_runtime` in that of the GPU kernels.
+
+Here are the checks, the choice of a backend, and the gradient.
+"""
 
 import functools
-from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.device import Backend, resolve
+from pallas_kernels.backends import Backend, resolve
 from pallas_kernels.int4_matmul import mosaic, prefill, reference, triton
-from pallas_kernels.int4_matmul.planes import Planes, RuntimeKernel, check_sizes, expanded
-from pallas_kernels.int4_matmul.rows import Rows, RowsKernel, from_rows
-from pallas_kernels.int4_matmul.tuning import tiling_of
+from pallas_kernels.int4_matmul.int4_rows import Int4RowsKernel, from_int4_rows
+from pallas_kernels.int4_matmul.planes import RuntimeKernel, dequantize_runtime, expand
+from pallas_kernels.int4_matmul.runtime import check_sizes
+from pallas_kernels.int4_matmul.tuning import bucket_of, tiling_of
 
-Layout = Literal["file"] | Planes
-
-
-class _Static(NamedTuple):
-    """What a product in the runtime layout is compiled for."""
-
-    layout: Planes
-    backend: Backend
-
-
-class _Operands(NamedTuple):
-    """The arrays of a kernel."""
-
-    qweight: jax.Array
-    scales: jax.Array
-    zeros: jax.Array | None
-    order: jax.Array | None
+DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
+FILE_BITS = (2, 3, 4, 8)
 
 
 def int4_matmul(
@@ -38,146 +26,135 @@ def int4_matmul(
     zeros: jax.Array | None = None,
     *,
     group_size: int,
-    order: jax.Array | None = None,
-    layout: Layout = "file",
+    group_index: jax.Array | None = None,
     bits: int = 4,
-    backend: Backend = "auto",
 ) -> jax.Array:
-    """Multiplies with packed group-wise codes: `x @ W`, `W[k, n] = scale[g(k), n] * (code[k, n] - zero[g(k), n])`.
+    """Multiplies with a kernel in the layout of GPTQ files: `x @ W`, `W[k, n] = scales[g(k), n] * (code[k, n] - zero[g(k), n])`.
 
-    Sums are accumulated in float32. Differentiable in x, whose gradient is the product with W transposed; scales have a gradient
-    in the file layout alone, in the runtime layout it is zero. The GPU kernels multiply with codes as they are and scale sums;
-    elsewhere W is rounded to the dtype of `x` first.
+    W is rounded to the dtype of `x` and the sum accumulated in float32. It is plain JAX on every device, differentiable in x and
+    scales; `int4_matmul_runtime` is what runs as a GPU kernel.
 
     Args:
       x: bfloat16, float16 or float32 `[..., K]`.
-      qweight: int32; `[K*bits/32, N]` in the file layout, `RuntimeKernel.qweight` in the runtime layout.
-      scales: float; `[G, N]`, or `RuntimeKernel.scales`.
-      zeros: None for a symmetric grid; int32 `[G, N*bits/32]`, or `RuntimeKernel.zeros`.
-      group_size: rows of K in a group of the file, or -1 for all.
-      order: None for contiguous groups; the group of each row, int32 `[K]`; in the runtime layout `RuntimeKernel.order`.
-      layout: "file", or the layout that the arrays are in: `Planes` (`planes.to_runtime`), which Triton's kernels
-        read, or `Rows` (`rows.to_rows`, int4 codes as `qweight`), which those of Mosaic GPU do.
-      bits: width of a code: 2, 3, 4 or 8; the runtime layout holds 4 and 8.
-      backend: "triton" and "mosaic", the kernels on an NVIDIA GPU; "jax", plain JAX; "interpret", Triton's kernels in Pallas'
-        interpreter; "auto", what `pallas_kernels.device.resolve` says.
+      qweight: int32 `[K*bits/32, N]`, codes packed along K (`pallas_kernels.packing`).
+      scales: float `[G, N]`.
+      zeros: int32 `[G, N*bits/32]`, zero points packed along N; None for a symmetric grid, whose zero point is 2^(bits-1).
+      group_size: rows of K in a group, or -1 for all.
+      group_index: int32 `[K]`, the group g(k) of each row (`g_idx` of the files); None for contiguous groups.
+      bits: width of a code: 2, 3, 4 or 8.
 
     Returns:
       `[..., N]` in the dtype of `x`.
 
     Raises:
-      ValueError: shapes that do not agree, a layout that contradicts them, a backend that cannot run them.
+      ValueError: a width that is not supported, or shapes that do not agree; all of them in one message.
+
+    Example:
+      >>> y = int4_matmul(x, qweight, scales, group_size=128)
     """
     k = x.shape[-1]
     group_size = k if group_size == -1 else group_size
-    backend = resolve(backend, _unfit(backend, layout))
-    operands = _Operands(qweight, scales, zeros, order)
-    _check(x, operands, group_size, layout, bits)
+    if bits not in FILE_BITS:
+        raise ValueError(f"bits must be one of {FILE_BITS}, found {bits}")
+    n = qweight.shape[-1]
+    check_sizes(k, n, group_size)
+    groups = k // group_size
+    expected: dict[str, tuple[int, ...]] = {
+        "qweight": (k * bits // 32, n),
+        "scales": (groups, n),
+        "zeros": (groups, n * bits // 32),
+        "group_index": (k,),
+    }
+    _check(x, {"qweight": qweight, "scales": scales, "zeros": zeros, "group_index": group_index}, expected)
     rows = x.reshape(-1, k)
-    if layout == "file":
-        found = reference.int4_matmul(rows, qweight, scales, zeros, group_size=group_size, order=order, bits=bits)
-    else:
-        found = _product(_Static(layout, backend), rows, operands)
-    return found.reshape(*x.shape[:-1], -1)
+    y = reference.int4_matmul(rows, qweight, scales, zeros, bits=bits, group_size=group_size, group_index=group_index)
+    return y.reshape(*x.shape[:-1], n)
 
 
-def _unfit(backend: Backend, layout: Layout) -> str | None:
-    """Why a backend's kernels cannot read a layout, or None."""
-    if layout == "file":
-        return "reads the runtime layout; convert with pallas_kernels.int4_matmul.planes.to_runtime"
-    if isinstance(layout, Rows) != (backend == "mosaic"):
-        return "reads another layout: Triton's kernels read Planes, those of Mosaic GPU Rows"
-    return None
+def int4_matmul_runtime(x: jax.Array, kernel: RuntimeKernel | Int4RowsKernel, *, backend: Backend = "auto") -> jax.Array:
+    """Multiplies with a kernel in a runtime layout, on codes as they are: `x @ dequantize_runtime(kernel)`.
+
+    Sums are accumulated in float32. The GPU kernels multiply with integer codes and scale the sums of each group; plain JAX, and
+    every backend for more rows than its kernel takes, rounds the expanded kernel to the dtype of `x` first. Differentiable in x
+    alone; the kernel's gradient is zero. Works under `vmap`, and under `shard_map` with a layout that states the shard's sizes.
+
+    Args:
+      x: bfloat16, float16 or float32 `[..., K]`.
+      kernel: `RuntimeKernel` (`to_runtime`), 4 or 8 bits; or `Int4RowsKernel` (`to_int4_rows`), which backend "mosaic" reads.
+      backend: "triton" and "mosaic", kernels on an NVIDIA GPU; "jax", plain JAX; "interpret", the Triton kernel in Pallas'
+        interpreter; "auto", see `pallas_kernels.backends.resolve`.
+
+    Returns:
+      `[..., N]` in the dtype of `x`.
+
+    Raises:
+      ValueError: shapes that do not agree, or a backend that cannot run them.
+
+    Example:
+      >>> kernel = to_runtime(qweight, scales, group_size=128)  # once, when weights are loaded
+      >>> y = int4_matmul_runtime(x, kernel)
+    """
+    unfit = None
+    if isinstance(kernel, Int4RowsKernel) != (backend == "mosaic"):
+        unfit = "reads another layout: Triton's kernels read a RuntimeKernel, those of Mosaic GPU an Int4RowsKernel"
+    backend = resolve(backend, unfit)
+    if x.shape[-1] != kernel.layout.k:
+        raise ValueError(f"x must be [..., {kernel.layout.k}] for this kernel, found {list(x.shape)}")
+    _check(x, {name: getattr(kernel, name) for name in kernel.shapes}, kernel.shapes)
+    return _product(backend, x.reshape(-1, kernel.layout.k), kernel).reshape(*x.shape[:-1], kernel.layout.n)
 
 
-def _check(x: jax.Array, operands: _Operands, group_size: int, layout: Layout, bits: int) -> None:
-    """Raises a ValueError that names every pair of shapes that do not agree."""
-    qweight, scales, zeros, order = operands
-    k = x.shape[-1]
-    expected: dict[str, tuple[int, ...]]
-    if layout == "file":
-        if bits not in (2, 3, 4, 8):
-            raise ValueError(f"bits must be 2, 3, 4 or 8, found {bits}")
-        n = qweight.shape[-1]
-        check_sizes(k, n, group_size)
-        groups = k // group_size
-        expected = {"qweight": (k * bits // 32, n), "scales": (groups, n), "zeros": (groups, n * bits // 32), "order": (k,)}
-    else:
-        facts = {"K": (k, layout.k), "bits": (bits, layout.bits), "group_size": (group_size, layout.group_size)}
-        if wrong := [f"{name} is {found}, the layout's is {held}" for name, (found, held) in facts.items() if found != held]:
-            raise ValueError("; ".join(wrong))
-        columns = layout.filled_n if isinstance(layout, Rows) else layout.padded_n
-        of_rows = (-(-layout.padded_k // layout.rows), columns)
-        words = (columns, layout.padded_k) if isinstance(layout, Rows) else (layout.tiles * layout.words, columns)
-        expected = {"qweight": words, "scales": of_rows, "zeros": of_rows, "order": (k,)}
-    parts = {"qweight": qweight, "scales": scales, "zeros": zeros, "order": order}
+def _check(x: jax.Array, parts: dict[str, jax.Array | None], expected: dict[str, tuple[int, ...]]) -> None:
+    """Raises a ValueError that names every array whose shape is not the expected one."""
     wrong = [
         f"{name} must be {list(expected[name])} for x {list(x.shape)}, found {list(part.shape)}"
         for name, part in parts.items()
         if part is not None and part.shape != expected[name]
     ]
-    if x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+    if x.dtype not in DTYPES:
         wrong.append(f"x must be bfloat16, float16 or float32, found {x.dtype}")
     if wrong:
         raise ValueError("; ".join(wrong))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(static: _Static, x: jax.Array, operands: _Operands) -> jax.Array:
+def _product(backend: Backend, x: jax.Array, kernel: RuntimeKernel | Int4RowsKernel) -> jax.Array:
     """The product of rows `[M, K]`."""
-    if static.backend == "jax":
+    if backend == "jax" or (backend == "interpret" and bucket_of(x.shape[0]) is None):
         # The kernel is put in the order of x: XLA fails to multiply a permuted bfloat16 x of some shapes on a CPU.
-        return prefill.product(x, _in_order(_runtime(static.layout, operands)), apart=False)
-    x = x if operands.order is None else x[:, operands.order]
-    fills = ((0, 0), (0, static.layout.padded_k - static.layout.k))
-    if static.backend == "mosaic" and x.shape[0] <= mosaic.MOST_ROWS:
-        return mosaic.product(jnp.pad(x, fills), _rows(static.layout, operands))
-    kernel = _runtime(static.layout, operands)
-    if static.backend == "mosaic":
-        return prefill.product(x, expanded(kernel), apart=True)
+        return prefill.product(x, dequantize_runtime(_in_planes(kernel)), apart=False)
+    x = x if kernel.row_order is None else x[:, kernel.row_order]
+    padding = ((0, 0), (0, kernel.layout.padded_k - kernel.layout.k))
+    if isinstance(kernel, Int4RowsKernel):
+        if x.shape[0] <= mosaic.MAX_M:
+            return mosaic.product(jnp.pad(x, padding), kernel)
+        return prefill.product(x, expand(from_int4_rows(kernel)), apart=True)
     tiling = tiling_of(x.shape[0], kernel.layout, x.dtype)
     if tiling is None:
-        return prefill.product(x, expanded(kernel), apart=static.backend == "triton")
-    x = jnp.pad(x, fills)
-    interpret = static.backend == "interpret"
-    found = triton.product(x, kernel.qweight, kernel.scales, kernel.zeros, kernel.layout, tiling, interpret=interpret)
-    return found[:, : kernel.layout.n]
+        return prefill.product(x, expand(kernel), apart=True)
+    y = triton.product(jnp.pad(x, padding), kernel, tiling, interpret=backend == "interpret")
+    return y[:, : kernel.layout.n]
 
 
-def _rows(layout: Planes, operands: _Operands) -> RowsKernel:
-    if not isinstance(layout, Rows):
-        raise TypeError(f"expected int4 rows, found {layout}")
-    codes, scales, zeros, order = operands
-    return RowsKernel(codes=codes, scales=scales, zeros=zeros, order=order, layout=layout)
+def _in_planes(kernel: RuntimeKernel | Int4RowsKernel) -> RuntimeKernel:
+    return from_int4_rows(kernel) if isinstance(kernel, Int4RowsKernel) else kernel
 
 
-def _runtime(layout: Planes, operands: _Operands) -> RuntimeKernel:
-    """The kernel in planes, whichever runtime layout it is in."""
-    if isinstance(layout, Rows):
-        return from_rows(_rows(layout, operands))
-    qweight, scales, zeros, order = operands
-    return RuntimeKernel(qweight=qweight, scales=scales, zeros=zeros, order=order, layout=layout)
+def _forward(
+    backend: Backend, x: jax.Array, kernel: RuntimeKernel | Int4RowsKernel
+) -> tuple[jax.Array, RuntimeKernel | Int4RowsKernel]:
+    return _product(backend, x, kernel), kernel
 
 
-def _in_order(kernel: RuntimeKernel) -> jax.Array:
-    """The expanded kernel, rows as in the file."""
-    w_kn = expanded(kernel)
-    return w_kn if kernel.order is None else w_kn[jnp.argsort(kernel.order)]
-
-
-def _forward(static: _Static, x: jax.Array, operands: _Operands) -> tuple[jax.Array, _Operands]:
-    return _product(static, x, operands), operands
-
-
-def _backward(static: _Static, operands: _Operands, pull: jax.Array) -> tuple[jax.Array, None]:
-    """The gradient of x: the pull times W transposed."""
-    w_kn = _in_order(_runtime(static.layout, operands))
-    precision = jax.lax.Precision.HIGHEST if pull.dtype == jnp.float32 else None
+def _backward(_: Backend, kernel: RuntimeKernel | Int4RowsKernel, cotangent: jax.Array) -> tuple[jax.Array, None]:
+    """The gradient of x: the cotangent times W transposed."""
+    w_kn = dequantize_runtime(_in_planes(kernel))
+    precision = jax.lax.Precision.HIGHEST if cotangent.dtype == jnp.float32 else None
     contract_columns = (((1,), (1,)), ((), ()))
-    found = jax.lax.dot_general(
-        pull, w_kn.astype(pull.dtype), contract_columns, precision=precision, preferred_element_type=jnp.float32
+    gradient = jax.lax.dot_general(
+        cotangent, w_kn.astype(cotangent.dtype), contract_columns, precision=precision, preferred_element_type=jnp.float32
     )
-    return found.astype(pull.dtype), None
+    return gradient.astype(cotangent.dtype), None
 
 
 _product.defvjp(_forward, _backward)

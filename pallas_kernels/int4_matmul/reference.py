@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.layout import unpack_codes
+from pallas_kernels.packing import unpack_codes
 
 
 def dequantize(
@@ -13,10 +13,10 @@ def dequantize(
     *,
     bits: int,
     group_size: int,
-    order: jax.Array | None = None,
+    group_index: jax.Array | None = None,
 ) -> jax.Array:
-    """Expands a packed kernel: `w[k, n] = scales[g(k), n] * (code[k, n] - zero[g(k), n])`, with g(k) = order[k] or k //
-    group_size.
+    """Expands a kernel of the file layout: `w[k, n] = scales[g(k), n] * (code[k, n] - zero[g(k), n])`, with g(k) =
+    group_index[k] or k // group_size.
 
     Args:
       qweight: int32 `[K*bits/32, N]`, codes packed along K.
@@ -24,7 +24,7 @@ def dequantize(
       zeros: int32 `[G, N*bits/32]`, zero points packed along N; None means 2^(bits-1) everywhere.
       bits: width of a code.
       group_size: rows of K in a group.
-      order: int32 `[K]`, the group of each row; None means contiguous groups.
+      group_index: int32 `[K]`, the group of each row; None means contiguous groups.
 
     Returns:
       float32 `[K, N]`, exact: the product of an 11-bit scale and an 8-bit integer fits a float32.
@@ -34,10 +34,10 @@ def dequantize(
     scale_gn = scales.astype(jnp.float32)
     middle = jnp.full(scale_gn.shape, 2 ** (bits - 1), jnp.int32)
     zero_gn = middle if zeros is None else unpack_codes(zeros.T, bits).T
-    if order is None:
+    if group_index is None:
         grouped = codes_kn.reshape(-1, group_size, n) - zero_gn[:, None, :]
         return (grouped.astype(jnp.float32) * scale_gn[:, None, :]).reshape(k, n)
-    return (codes_kn - zero_gn[order]).astype(jnp.float32) * scale_gn[order]
+    return (codes_kn - zero_gn[group_index]).astype(jnp.float32) * scale_gn[group_index]
 
 
 def int4_matmul(
@@ -46,13 +46,10 @@ def int4_matmul(
     scales: jax.Array,
     zeros: jax.Array | None = None,
     *,
+    bits: int,
     group_size: int,
-    order: jax.Array | None = None,
-    bits: int = 4,
+    group_index: jax.Array | None = None,
 ) -> jax.Array:
-    """`pallas_kernels.int4_matmul` in the file layout: `x @ dequantize(...)`, the kernel rounded to the dtype of `x`.
-
-    The sum is accumulated in float32, and the result has the dtype of `x`.
-    """
-    w_kn = dequantize(qweight, scales, zeros, bits=bits, group_size=group_size, order=order).astype(x.dtype)
+    """`x @ dequantize(...)`, the kernel rounded to the dtype of `x`; summed in float32, the result in the dtype of `x`."""
+    w_kn = dequantize(qweight, scales, zeros, bits=bits, group_size=group_size, group_index=group_index).astype(x.dtype)
     return jnp.matmul(x, w_kn, preferred_element_type=jnp.float32).astype(x.dtype)

@@ -16,58 +16,48 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as gpu
 
 from pallas_kernels.assembly import elementwise
-from pallas_kernels.int4_matmul.planes import TILE, Planes
+from pallas_kernels.int4_matmul.planes import Planes, RuntimeKernel
+from pallas_kernels.int4_matmul.runtime import TILE
 
 Form = Literal["gemv", "planes", "swapped"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tiling:
-    """How a product is cut up."""
+    """How a product is cut up into programs."""
 
     form: Form  # a sum of products row by row; x the left operand; the weights the left operand, which wgmma reads from registers
-    rows: int  # of x, in a program: 1 to 4 for gemv, else a power of two from 16 on
-    columns: int  # of the output, in a program; a power of two
-    parts: int  # that K is cut into; divides its tiles
-    warps: int
-    stages: int  # loads under way at once
-    atomics: bool = False  # parts are added as they are done: one pass, and sums whose last bits differ from run to run
+    block_m: int  # rows of x in a program: 1 to 4 for gemv, else a power of two from 16 on
+    block_n: int  # output columns in a program; a power of two
+    split_k: int  # parts of K; divides its tiles
+    num_warps: int
+    num_stages: int  # of the software pipeline of loads
+    atomics: bool = False  # parts are added as they finish: one pass, and sums whose last bits differ from run to run
 
 
-def product(
-    x: jax.Array,
-    qweight: jax.Array,
-    scales: jax.Array,
-    zeros: jax.Array | None,
-    layout: Planes,
-    tiling: Tiling,
-    *,
-    interpret: bool,
-) -> jax.Array:
-    """`x @ kernel` for a kernel in the runtime layout.
+def product(x: jax.Array, kernel: RuntimeKernel, tiling: Tiling, *, interpret: bool) -> jax.Array:
+    """`x @ kernel` for a kernel in planes.
 
     Args:
-      x: bfloat16, float16 or float32 `[M, padded K]`.
-      qweight: int32 `[tiles * words, padded N]`.
-      scales: `[R, padded N]`.
-      zeros: int8 likewise, or None.
-      layout: of the three.
-      tiling: how to cut it up; `columns` divides padded N and `parts` the tiles of K.
-      interpret: whether to run the kernel in Pallas' interpreter.
+      x: bfloat16, float16 or float32 `[M, padded K]`, in the runtime's order of rows.
+      kernel: from `to_runtime`.
+      tiling: how to cut it up; `block_n` divides padded N and `split_k` the tiles of K.
+      interpret: whether to run in Pallas' interpreter.
 
     Returns:
       `[M, padded N]` in the dtype of `x`.
     """
-    m, n = x.shape[0], qweight.shape[1]
-    padded_m = -(-m // tiling.rows) * tiling.rows
+    layout, zeros = kernel.layout, kernel.zeros
+    m, n = x.shape[0], kernel.qweight.shape[1]
+    padded_m = -(-m // tiling.block_m) * tiling.block_m
     x = jnp.pad(x, ((0, padded_m - m), (0, 0)))
-    several = tiling.parts > 1
-    operands = [x, qweight, scales]
+    several = tiling.split_k > 1
+    operands = [x, kernel.qweight, kernel.scales]
     if zeros is not None:
         # What a zero point of one takes from the output, scale aside: per group, or per tile where groups are larger.
-        runs = x.astype(jnp.float32).reshape(padded_m, -1, min(layout.rows, TILE))
+        runs = x.astype(jnp.float32).reshape(padded_m, -1, min(layout.scale_rows, TILE))
         operands += [zeros, runs.sum(axis=-1)]
-    shape = (padded_m, n) if not several or tiling.atomics else (tiling.parts, padded_m, n)
+    shape = (padded_m, n) if not several or tiling.atomics else (tiling.split_k, padded_m, n)
     dtype = jnp.dtype(jnp.float32) if several else x.dtype
     aliases = {}
     if several and tiling.atomics:
@@ -79,10 +69,10 @@ def product(
     out = pl.pallas_call(
         body,
         out_shape=jax.ShapeDtypeStruct(shape, dtype),
-        grid=(n // tiling.columns, tiling.parts, padded_m // tiling.rows),
+        grid=(n // tiling.block_n, tiling.split_k, padded_m // tiling.block_m),
         input_output_aliases=aliases,
         interpret=interpret,
-        compiler_params=gpu.CompilerParams(num_warps=tiling.warps, num_stages=tiling.stages),
+        compiler_params=gpu.CompilerParams(num_warps=tiling.num_warps, num_stages=tiling.num_stages),
         name=f"int{layout.bits}_{tiling.form}",
     )(*operands)
     if several and not tiling.atomics:
@@ -95,12 +85,12 @@ def _kernel(*refs: Any, layout: Planes, tiling: Tiling, has_zeros: bool, has_sta
     *given, out_ref = refs
     given = given[:-1] if has_start else given
     x_ref, q_ref, s_ref, *zero_refs = given
-    columns = pl.ds(pl.program_id(0) * tiling.columns, tiling.columns)
+    columns = pl.ds(pl.program_id(0) * tiling.block_n, tiling.block_n)
     part = pl.program_id(1)
-    rows = pl.ds(pl.program_id(2) * tiling.rows, tiling.rows)
-    tiles = layout.tiles // tiling.parts
+    rows = pl.ds(pl.program_id(2) * tiling.block_m, tiling.block_m)
+    tiles = layout.tiles // tiling.split_k
     inner = _gemv_group if tiling.form == "gemv" else functools.partial(_dot_group, swapped=tiling.form == "swapped")
-    in_tile = max(1, TILE // layout.rows)  # groups
+    in_tile = max(1, TILE // layout.scale_rows)  # groups
     planes = layout.planes // in_tile  # in a group
     flip = tiling.form == "swapped"
 
@@ -108,7 +98,7 @@ def _kernel(*refs: Any, layout: Planes, tiling: Tiling, has_zeros: bool, has_sta
         tile = part * tiles + index
         words = gpu.load(q_ref.at[pl.ds(tile * layout.words, layout.words), columns])
         for group in range(in_tile):
-            row = tile * in_tile + group if in_tile > 1 else tile * TILE // layout.rows
+            row = tile * in_tile + group if in_tile > 1 else tile * TILE // layout.scale_rows
             taken = range(group * planes, (group + 1) * planes)
             sums = inner(x_ref, rows, words, tile * TILE, taken, layout, interpret)
             scale = gpu.load(s_ref.at[row, columns]).astype(jnp.float32)
@@ -120,10 +110,10 @@ def _kernel(*refs: Any, layout: Planes, tiling: Tiling, has_zeros: bool, has_sta
             acc = acc + sums * (scale[:, None] if flip else scale[None, :])
         return acc
 
-    shape = (tiling.columns, tiling.rows) if flip else (tiling.rows, tiling.columns)
+    shape = (tiling.block_n, tiling.block_m) if flip else (tiling.block_m, tiling.block_n)
     acc = jax.lax.fori_loop(0, tiles, run_tile, jnp.zeros(shape, jnp.float32))
     acc = acc.T if flip else acc
-    if tiling.parts == 1:
+    if tiling.split_k == 1:
         gpu.store(out_ref.at[rows, columns], acc.astype(out_ref.dtype))
     elif tiling.atomics:
         gpu.atomic_add(out_ref, (rows, columns), acc)
@@ -140,8 +130,8 @@ def _dot_group(
     for plane in planes:
         w = codes(words, plane, layout.bits, x_ref.dtype, interpret)
         x = gpu.load(x_ref.at[rows, pl.ds(start + plane * layout.words, layout.words)])
-        found = _dot(w, x.T) if swapped else _dot(x, w)
-        sums = found if sums is None else sums + found
+        product_of_plane = _dot(w, x.T) if swapped else _dot(x, w)
+        sums = product_of_plane if sums is None else sums + product_of_plane
     if sums is None:
         raise ValueError("a group holds at least one plane")
     return sums
@@ -158,14 +148,14 @@ def _gemv_group(
 ) -> jax.Array:
     """The products of some planes of a tile without a matrix unit, `[rows, columns]`."""
     weights = [(plane, wide_codes(words, plane, layout.bits, interpret)) for plane in planes]
-    found = []
+    sums_of_rows = []
     for row in range(rows.size):
         sums = jnp.zeros(words.shape, jnp.float32)
         for plane, w in weights:
             x = gpu.load(x_ref.at[rows.start + row, pl.ds(start + plane * layout.words, layout.words)])
             sums = _fused(w, x.astype(jnp.float32)[:, None], sums, interpret)
-        found.append(sums.sum(axis=0)[None, :])
-    return found[0] if len(found) == 1 else _stacked(found)
+        sums_of_rows.append(sums.sum(axis=0)[None, :])
+    return sums_of_rows[0] if len(sums_of_rows) == 1 else _stacked(sums_of_rows)
 
 
 def _stacked(rows: list[jax.Array]) -> jax.Array:
@@ -182,21 +172,22 @@ def codes(words: jax.Array, plane: int, bits: int, dtype: Any, interpret: bool) 
     """The codes of a plane less 2^(bits-1), in a float dtype, exact.
 
     A 16-bit float of the right exponent holds a 4-bit code in its lowest bits, so that none is converted: bfloat16
-    `0x4300 | n` is 128 + n, float16 `0x6400 | n` is 1024 + n. The assembly takes two words at once, whose halves it first puts
-    side by side; so two codes cost a shift, one logical operation and one subtraction. Bytes go through float32, by its exponent.
+    `0x4300 | n` is 128 + n, float16 `0x6400 | n` is 1024 + n. The assembly takes two words at once and first puts
+    one half of each into a register; so two codes cost a shift, one logical operation and one subtraction. Bytes become the
+    mantissa of a float32.
     """
     if interpret or dtype == jnp.float32:
         whole = (words >> (bits * plane)) & (2**bits - 1)
         return (whole - 2 ** (bits - 1)).astype(dtype)
     assembly = _nibbles if bits == 4 else _bytes
-    [found] = gpu.elementwise_inline_asm(
+    [plane_codes] = gpu.elementwise_inline_asm(
         assembly(plane, "bf16" if dtype == jnp.bfloat16 else "f16"),
         args=[words],
         constraints="=r,r,r",
         pack=2,
         result_shape_dtypes=[jax.ShapeDtypeStruct(words.shape, dtype)],
     )
-    return found
+    return plane_codes
 
 
 def _nibbles(plane: int, name: str) -> str:
@@ -225,8 +216,8 @@ cvt.rn.{name}x2.f32 $0, g, f; }}"""
 def wide_codes(words: jax.Array, plane: int, bits: int, interpret: bool) -> jax.Array:
     """The codes of a plane less 2^(bits-1) in float32, exact, without a conversion.
 
-    Under an exponent of 23 - j, bits j and up of a float32 count ones: a nibble at bit 16 stands beside 128, one at bit 12 beside
-    2048. So two planes share a shift. A byte stands at bit 0, beside 2^23.
+    Under an exponent of 23 - j, bits j and up of a float32 count ones: a nibble at bit 16 is added to 128, one at bit 12 to
+    2048. So two planes share a shift. A byte is put at bit 0, which adds it to 2^23.
     """
     if interpret:
         return codes(words, plane, bits, jnp.float32, interpret)

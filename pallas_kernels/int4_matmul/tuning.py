@@ -1,8 +1,9 @@
-"""How products are cut up: a table of what was measured, by device, and a rule where there is no entry.
+"""How products are cut up: a table of measured tilings, by device, and a rule where the table has no entry.
 
 Nothing is tried at import or at the first call. `benchmarks/gpu/tune_int4_matmul.py` makes the table.
 """
 
+import dataclasses
 import functools
 import json
 from importlib.resources import files
@@ -11,13 +12,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.int4_matmul.planes import TILE, Planes
+from pallas_kernels.int4_matmul.planes import Planes
+from pallas_kernels.int4_matmul.runtime import TILE
 from pallas_kernels.int4_matmul.triton import Form, Tiling
 
 BUCKETS = (1, 2, 4, 16, 32, 64, 128, 256)
-"""Numbers of rows of x that are cut up alike, each for all above the one before it. Above the last, kernels are expanded."""
+"""A product of m rows has the tiling of the first of these that is at least m. Above the last, kernels are expanded."""
 MULTIPROCESSORS = 132
-"""That the rule counts with: those of an H100 and an H200."""
+"""Of an H100 and an H200: what the rule counts with."""
+SPLITS = (1, 2, 4, 8, 16)
+"""Parts that K may be cut into."""
 
 
 def bucket_of(m: int) -> int | None:
@@ -46,42 +50,67 @@ def tiling_of(m: int, layout: Planes, dtype: Any) -> Tiling | None:
 
 
 def rule(m: int, layout: Planes, dtype: Any) -> Tiling:
-    """What is done where nothing was measured.
+    """The tiling where nothing was measured.
 
-    Up to 16 rows x is the left operand, filled up to the 16 rows that a matrix unit takes; from there on the weights are, which
-    Hopper's wgmma reads from registers. K is cut into as many parts as give every multiprocessor two programs, of four tiles at
-    the least.
+    Up to 16 rows x is the left operand, padded to the 16 rows that a matrix unit takes; for more rows the weights are, which
+    Hopper's wgmma reads from registers. K is cut into as many parts as give every multiprocessor two programs, each of four tiles
+    at least.
     """
     bucket = bucket_of(m)
     if bucket is None:
         raise ValueError(f"no kernel takes {m} rows at once; at most {BUCKETS[-1]}")
     swapped = bucket >= 32 and dtype != jnp.float32
-    rows = min(max(16, bucket), 64 if dtype == jnp.float32 else 128)
-    wide = swapped and layout.padded_n % 128 == 0 and (rows <= 64 if layout.rows >= TILE else rows <= 32)
-    columns = 128 if wide else 64  # accumulators of both the group and the sum have to stay in registers
-    programs = layout.padded_n // columns * -(-m // rows)
-    fits = [parts for parts in (1, 2, 4, 8, 16) if layout.tiles % parts == 0 and layout.tiles // parts >= min(4, layout.tiles)]
-    parts = next((parts for parts in fits if programs * parts >= 2 * MULTIPROCESSORS), fits[-1])
-    stages = 4 if rows <= 64 else 3
-    return Tiling(form="swapped" if swapped else "planes", rows=rows, columns=columns, parts=parts, warps=4, stages=stages)
+    block_m = min(max(16, bucket), 64 if dtype == jnp.float32 else 128)
+    wide = swapped and layout.padded_n % 128 == 0 and (block_m <= 64 if layout.scale_rows >= TILE else block_m <= 32)
+    block_n = 128 if wide else 64  # accumulators of both the group and the sum have to stay in registers
+    programs = layout.padded_n // block_n * -(-m // block_m)
+    least_tiles = min(4, layout.tiles)
+    fits = [split_k for split_k in SPLITS if layout.tiles % split_k == 0 and layout.tiles // split_k >= least_tiles]
+    split_k = next((split_k for split_k in fits if programs * split_k >= 2 * MULTIPROCESSORS), fits[-1])
+    return Tiling(
+        form="swapped" if swapped else "planes",
+        block_m=block_m,
+        block_n=block_n,
+        split_k=split_k,
+        num_warps=4,
+        num_stages=4 if block_m <= 64 else 3,
+    )
 
 
 def candidates(m: int, layout: Planes, dtype: Any) -> list[Tiling]:
-    """All that the tuner tries for a product, before those that compile badly are sorted out."""
+    """All tilings that fit a product, before those that compile badly are sorted out."""
     bucket = bucket_of(m)
     if bucket is None:
         return []
-    parts_of = [parts for parts in (1, 2, 4, 8, 16) if layout.tiles % parts == 0]
-    columns_of = [columns for columns in (64, 128) if layout.padded_n % columns == 0]
-    shapes: list[tuple[Form, int]] = [("gemv", bucket)] if bucket <= 4 else []
-    shapes += [("planes", max(16, min(bucket, 64)))]
+    splits = [split_k for split_k in SPLITS if layout.tiles % split_k == 0]
+    blocks_n = [block_n for block_n in (64, 128) if layout.padded_n % block_n == 0]
+    forms: list[tuple[Form, int]] = [("gemv", bucket)] if bucket <= 4 else []
+    forms += [("planes", max(16, min(bucket, 64)))]
     if dtype != jnp.float32 and bucket >= 16:
-        shapes += [("swapped", rows) for rows in (16, 32, 64, 128) if rows <= bucket]
+        forms += [("swapped", block_m) for block_m in (16, 32, 64, 128) if block_m <= bucket]
     return [
-        Tiling(form=form, rows=rows, columns=columns, parts=parts, warps=warps, stages=stages)
-        for form, rows in shapes
-        for columns in columns_of
-        for parts in parts_of
-        for warps in (4, 8)
-        for stages in (3, 4, 5)
+        Tiling(form=form, block_m=block_m, block_n=block_n, split_k=split_k, num_warps=num_warps, num_stages=num_stages)
+        for form, block_m in forms
+        for block_n in blocks_n
+        for split_k in splits
+        for num_warps in (4, 8)
+        for num_stages in (3, 4, 5)
     ]
+
+
+def neighbours(m: int, layout: Planes, dtype: Any, most: int) -> list[Tiling]:
+    """The candidates that differ least from the rule's tiling, nearest first, the rule's own left out: what a short tuning tries.
+
+    Args:
+      m: rows of x.
+      layout: of the kernel.
+      dtype: of x.
+      most: how many to return at most.
+    """
+    ruled = rule(m, layout, dtype)
+
+    def distance(tiling: Tiling) -> int:
+        return sum(a != b for a, b in zip(dataclasses.astuple(tiling), dataclasses.astuple(ruled), strict=True))
+
+    others = [tiling for tiling in candidates(m, layout, dtype) if tiling != ruled]
+    return sorted(others, key=distance)[:most]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from jgptq.errors import CheckpointError
 from jgptq.models.packed import PackedTensor, pack, unpack, validate
 from pallas_kernels import int4_matmul
-from pallas_kernels.layout import pack_codes, unpack_codes
+from pallas_kernels.packing import pack_codes, unpack_codes
 
 BITS = (2, 3, 4, 8)
 
@@ -81,7 +81,7 @@ def test_rows_may_belong_to_any_group():
     expected = np.asarray(packed.scales, np.float64)[order] * (codes - zeros[order])
     x = np.eye(64, dtype=np.float32)
     parts = (jnp.asarray(packed.qweight), jnp.asarray(packed.scales), jnp.asarray(packed.zeros))
-    found = int4_matmul(jnp.asarray(x), *parts, group_size=32, order=jnp.asarray(order))
+    found = int4_matmul(jnp.asarray(x), *parts, group_size=32, group_index=jnp.asarray(order))
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 

@@ -1,49 +1,38 @@
 """Run by test_int4_matmul.py in a process of its own, on eight forced CPU devices: interpreted kernels under shard_map."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 from random_codes import case
 
-from pallas_kernels import int4_matmul
-from pallas_kernels.int4_matmul.planes import Planes, RuntimeKernel, to_runtime
+from pallas_kernels import RuntimeKernel, int4_matmul_runtime
 
 
 def main() -> None:
     assert jax.device_count() == 8
     mesh = jax.make_mesh((8,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
-    found = case(256, 8 * 64, 64, sym=False)
-    kernel = to_runtime(*found.arrays, group_size=64)
+    packed = case(256, 8 * 64, 64, sym=False)
+    kernel = packed.kernel
     x = jnp.asarray(np.random.default_rng(1).standard_normal((16, 256)), jnp.float32)
-    expected = np.asarray(x, np.float64) @ found.w_kn
+    expected = np.asarray(x, np.float64) @ packed.w_kn
 
-    def multiplied(x: jax.Array, parts: tuple[jax.Array, ...], layout: Planes) -> jax.Array:
-        words, scales, zeros = parts
-        return int4_matmul(x, words, scales, zeros, group_size=64, layout=layout, backend="interpret")
+    def with_columns(x: jax.Array, kernel: RuntimeKernel) -> jax.Array:
+        # A device holds 64 columns; the layout has to say so.
+        local = dataclasses.replace(kernel, layout=dataclasses.replace(kernel.layout, n=64))
+        return int4_matmul_runtime(x, local, backend="interpret")
 
-    def parts_of(kernel: RuntimeKernel) -> tuple[jax.Array, ...]:
-        return kernel.qweight, kernel.scales, kernel.zeros
+    def with_rows(x: jax.Array, kernel: RuntimeKernel) -> jax.Array:
+        return int4_matmul_runtime(x, kernel, backend="interpret")
 
-    # Each device has 64 columns, and a layout that says so.
-    local = Planes(k=256, n=64, bits=4, group_size=64)
-    columns = jax.shard_map(
-        lambda x, parts: multiplied(x, parts, local),
-        mesh=mesh,
-        in_specs=(P(), P(None, "model")),
-        out_specs=P(None, "model"),
-        check_vma=False,
-    )
-    np.testing.assert_allclose(jax.jit(columns)(x, parts_of(kernel)), expected, atol=1e-4)
+    of_columns, of_rows = P(None, "model"), P("model")
+    columns = jax.shard_map(with_columns, mesh=mesh, in_specs=(P(), of_columns), out_specs=of_columns, check_vma=False)
+    np.testing.assert_allclose(jax.jit(columns)(x, kernel), expected, atol=1e-4)
     print("columns")
-    rows = jax.shard_map(
-        lambda x, parts: multiplied(x, parts, kernel.layout),
-        mesh=mesh,
-        in_specs=(P("model"), P()),
-        out_specs=P("model"),
-        check_vma=False,
-    )
-    np.testing.assert_allclose(jax.jit(rows)(x, parts_of(kernel)), expected, atol=1e-4)
+    rows = jax.shard_map(with_rows, mesh=mesh, in_specs=(of_rows, P()), out_specs=of_rows, check_vma=False)
+    np.testing.assert_allclose(jax.jit(rows)(x, kernel), expected, atol=1e-4)
     print("rows")
 
 
