@@ -20,9 +20,15 @@ class Key:
 
     name: str
     default: Any = REQUIRED  # what the file says where it is silent
-    values: Mapping[Any, Any] | None = (
-        None  # what the file says -> the switch, where they differ; the last of two names is written
-    )
+    values: Mapping[Any, Any] = dataclasses.field(default_factory=dict)  # what the file says -> the switch, where they differ
+
+    def read(self, stored: Any) -> Any:
+        """The switch that the file's value stands for."""
+        return self.values.get(stored, stored)
+
+    def stored(self, switch: Any) -> Any:
+        """The file's value that stands for a switch; the last one where there are several."""
+        return next((stored for stored, read in reversed(list(self.values.items())) if read == switch), switch)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,7 +53,6 @@ class Family:
     window: Window | None = None  # None: attention sees all positions
     decoder: str = "model"  # what stands before the names of all modules but the output projection
     modules: Mapping[str, str] = dataclasses.field(default_factory=dict)  # path in a block, or top-level name -> name in the file
-    refused: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # key -> the one value of it that is implemented
 
 
 _SIZES = {
@@ -61,6 +66,7 @@ _COMMON = _SIZES | {
     "tie_word_embeddings": Key("tie_word_embeddings", False),
 }
 _ATTENTION_BIAS = {"qkv_bias": Key("attention_bias", False), "o_bias": Key("attention_bias", False)}
+_TANH = "gelu_pytorch_tanh"
 _LLAMA_NORMS = {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
 
 FAMILIES: Mapping[str, Family] = {
@@ -122,6 +128,43 @@ FAMILIES: Mapping[str, Family] = {
             "mlp.down_proj": "fc2",
             "norm": "final_layer_norm",
         },
+    ),
+    "stablelm": Family(
+        hf_class="StableLmForCausalLM",
+        keys=_SIZES
+        | {
+            "num_key_value_heads": Key("num_key_value_heads", 32),
+            "hidden_act": Key("hidden_act", "silu"),
+            "norm_eps": Key("layer_norm_eps", 1e-5),
+            "block_form": Key("use_parallel_residual", False, {False: "pre", True: "parallel"}),
+            "qkv_bias": Key("use_qkv_bias", False),
+            "tie_word_embeddings": Key("tie_word_embeddings", False),
+        },
+        fixed={"norm": "layer", "norm_bias": True},
+        max_positions=4096,
+        partial_rotary=0.25,
+        modules=_LLAMA_NORMS,
+    ),
+    "gemma": Family(
+        hf_class="GemmaForCausalLM",
+        keys=_COMMON
+        | _ATTENTION_BIAS
+        | {
+            "num_key_value_heads": Key("num_key_value_heads", 16),
+            "head_dim": Key("head_dim", 256),
+            # The first files say "gelu" and mean its approximation.
+            "hidden_act": Key("hidden_act", _TANH, {"gelu": _TANH, _TANH: _TANH}),
+            "tie_word_embeddings": Key("tie_word_embeddings", True),
+        },
+        fixed={"norm_offset": 1.0, "embedding_scaled": True},
+        max_positions=8192,
+        modules=_LLAMA_NORMS,
+    ),
+    "olmo2": Family(
+        hf_class="Olmo2ForCausalLM",
+        keys=_COMMON | _ATTENTION_BIAS | {"norm_eps": Key("rms_norm_eps", 1e-5)},
+        fixed={"block_form": "output", "qk_norm": "width"},
+        modules={"attn_norm": "post_attention_layernorm", "mlp_norm": "post_feedforward_layernorm"},
     ),
 }
 

@@ -31,7 +31,7 @@ def config_from_hf(hf: Mapping[str, Any], dtype: str = "auto") -> ModelConfig:
     if missing:
         raise CheckpointError(f"config.json: {', '.join(missing)} missing; is this the config of a {model_type} model?")
     _refuse_switches(hf, family)
-    fields = {switch: _read(hf, family, switch) for switch in family.keys} | dict(family.fixed)
+    fields = {switch: key.read(hf.get(key.name, key.default)) for switch, key in family.keys.items()} | dict(family.fixed)
     heads, width = fields["num_attention_heads"], fields["hidden_size"]
     fields["num_key_value_heads"] = kv_heads = (
         heads if fields.get("num_key_value_heads") is None else fields["num_key_value_heads"]
@@ -62,9 +62,7 @@ def config_to_hf(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
     """
     family = family_of(config.model_type)
     hf: dict[str, Any] = {"architectures": [family.hf_class], "model_type": config.model_type}
-    for switch, key in family.keys.items():
-        value = getattr(config, switch)
-        hf[key.name] = value if key.values is None else [stored for stored, read in key.values.items() if read == value][-1]
+    hf |= {key.name: key.stored(getattr(config, switch)) for switch, key in family.keys.items()}
     if config.embedding_width is None and "embedding_width" in family.keys:
         hf[family.keys["embedding_width"].name] = config.hidden_size
     if family.window is not None:
@@ -75,25 +73,16 @@ def config_to_hf(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
     return hf | {"torch_dtype": dtype}
 
 
-def _read(hf: Mapping[str, Any], family: Family, switch: str) -> Any:
-    """A switch, from its key."""
-    key = family.keys[switch]
-    value = hf.get(key.name, key.default)
-    return value if key.values is None else key.values.get(value, value)
-
-
 def _refuse_switches(hf: Mapping[str, Any], family: Family) -> None:
     """Raises an error that names every key which asks for a computation that the row does not describe."""
     read = {key.name for key in family.keys.values()}
-    neutral = {name: values for name, values in SWITCHES.items() if name not in read}
-    neutral |= {name: (value,) for name, value in family.refused.items()}
     wrong = [
-        f"{name} {hf[name]!r} (expected {' or '.join(map(repr, values)) or 'none'})"
-        for name, values in neutral.items()
-        if hf.get(name) is not None and hf[name] not in values
+        f"expected {name} {' or '.join(map(repr, values)) or 'null'}, found {hf[name]!r}"
+        for name, values in SWITCHES.items()
+        if name not in read and hf.get(name) is not None and hf[name] not in values
     ]
     if wrong:
-        raise ArchitectureError(f"config.json: not implemented for {hf['model_type']}: {', '.join(wrong)}")
+        raise ArchitectureError(f"config.json: not implemented for architecture {hf['model_type']!r}: {'; '.join(wrong)}")
 
 
 def _positions(hf: Mapping[str, Any], family: Family, head_dim: int) -> Positions:
