@@ -47,8 +47,8 @@ def load_hf(source: str | Path, dtype: str = "auto") -> Decoder:
     config = config_from_hf(hf, dtype)
     checkpoint = open_checkpoint(folder)
     decoder = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
-    found = _fill(leaves(decoder), checkpoint, config, quantization)
-    unexpected = [name for name in checkpoint.entries if name not in found and not _leftover(name, checkpoint)]
+    used = _fill(leaves(decoder), checkpoint, config, quantization)
+    unexpected = [name for name in checkpoint.entries if name not in used and not _leftover(name, checkpoint)]
     if config.tie_word_embeddings:
         unexpected = [name for name in unexpected if name != "lm_head.weight"]
     if unexpected:
@@ -62,7 +62,7 @@ def load_hf(source: str | Path, dtype: str = "auto") -> Decoder:
 
 
 def _leftover(name: str, checkpoint: Checkpoint) -> bool:
-    """Whether a tensor that the model does not have may be passed over: old buffers, and biases of zeros beside codes."""
+    """Whether a tensor that the model does not have may be passed over: old buffers, and biases of zeros next to codes."""
     module, _, part = name.rpartition(".")
     added = part == "bias" and f"{module}.qweight" in checkpoint.entries and not np.any(checkpoint.array(name))
     return added or name.endswith(IGNORED)
@@ -155,7 +155,7 @@ def _packed(
     }
     missing = [part for part in ("qweight", "scales", "qzeros") if part not in parts]
     if missing:
-        problems.extend(f"  {name}.{part} is missing beside {name}.qweight" for part in missing)
+        problems.extend(f"  {name}.{part} is missing, although {name}.qweight is there" for part in missing)
         return None
     used.update(parts.values())
     arrays = {part: checkpoint.array(full) for part, full in parts.items()}

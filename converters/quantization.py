@@ -167,24 +167,26 @@ def reader_warnings(config: QuantizeConfig, file_format: str) -> list[str]:
     """Sentences on who will refuse the files; empty where vLLM, GPTQModel and transformers all load them."""
     if file_format == "float":
         return []
-    found = [sentence for settings in _used_settings(config) for sentence in _refusals(settings)]
+    sentences = [sentence for settings in _used_settings(config) for sentence in _refusals(settings)]
     if config.rules or config.lm_head:
-        found.append(
+        sentences.append(
             "transformers reads no rules and no quantized lm_head (5.23 with optimum 2.3), and may load other weights without an "
             "error; GPTQModel and vLLM read both"
         )
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(sentences))
 
 
 def _refusals(config: SolverConfig) -> list[str]:
     """Sentences on who refuses linears of these settings."""
-    found = []
+    sentences = []
     if not config.sym:
-        found.append("vLLM refuses asymmetric GPTQ files; GPTQModel loads them (as v2)")
+        sentences.append("vLLM refuses asymmetric GPTQ files; GPTQModel loads them (as v2)")
     if config.bits in (2, 3):
-        found.append(f"vLLM refuses {config.bits}-bit GPTQ files; GPTQModel loads them")
+        sentences.append(f"vLLM refuses {config.bits}-bit GPTQ files; GPTQModel loads them")
     if config.group_size not in VLLM_GROUPS:
-        found.append(f"vLLM serves groups of {VLLM_GROUPS}, not {config.group_size}")
+        sentences.append(f"vLLM serves groups of {VLLM_GROUPS}, not {config.group_size}")
     if config.group_size not in GPTQMODEL_GROUPS:
-        found.append(f"GPTQModel loads groups of {GPTQMODEL_GROUPS}, not {config.group_size}, and transformers loads through it")
-    return found
+        sentences.append(
+            f"GPTQModel loads groups of {GPTQMODEL_GROUPS}, not {config.group_size}, and transformers loads through it"
+        )
+    return sentences

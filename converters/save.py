@@ -118,18 +118,17 @@ def _kernels(params: Decoder) -> Iterator[tuple[str, Any]]:
 
 
 def _settings(params: Decoder, kernels: Mapping[str, Any]) -> dict[str, SolverConfig | None]:
-    """What each linear is by its path, told from its kernel; None for float. A grid is symmetric if the run's was: an asymmetric
-    one may look so by chance."""
-    found: dict[str, SolverConfig | None] = {}
+    """The settings of each linear by its path, from its kernel; None for float. A grid is symmetric if the run's was: an
+    asymmetric one may look so by chance."""
+    used: dict[str, SolverConfig | None] = {}
     for path, kernel in kernels.items():
-        found[path] = None
+        used[path] = None
         if isinstance(kernel, PackedTensor) and params.quantization is not None:
-            asked = resolve(
-                params.quantization, checkpoint_name(path, params.config.model_type)
-            ) or params.quantization.with_rule(None)
+            name = checkpoint_name(path, params.config.model_type)
+            asked = resolve(params.quantization, name) or params.quantization.with_rule(None)
             sym = asked.sym and kernel.zeros is None
-            found[path] = dataclasses.replace(asked, bits=kernel.bits, group_size=kernel.group_size, sym=sym)
-    return found
+            used[path] = dataclasses.replace(asked, bits=kernel.bits, group_size=kernel.group_size, sym=sym)
+    return used
 
 
 def _specs(params: Decoder, file_format: str) -> list[TensorSpec]:

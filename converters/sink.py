@@ -125,7 +125,7 @@ class FolderSink:
 
         Args:
           qparams: what the driver returned.
-          report: likewise.
+          report: the driver's report.
 
         Returns:
           The finished folder.

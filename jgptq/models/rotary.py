@@ -100,7 +100,9 @@ class RopeConfig:
         return {key: value for key, value in items if key not in skipped and value is not None}
 
 
-def rotary_tables(rope: RopeConfig, head_dim: int, length: int) -> tuple[Float[jax.Array, "S R"], Float[jax.Array, "S R"]]:
+def rotary_tables(
+    rope: RopeConfig, head_dim: int, length: int
+) -> tuple[Float[jax.Array, "S rotated"], Float[jax.Array, "S rotated"]]:
     """The cosines and sines that rotate queries and keys at positions 0..length-1.
 
     Args:
@@ -109,8 +111,8 @@ def rotary_tables(rope: RopeConfig, head_dim: int, length: int) -> tuple[Float[j
       length: S, positions; dynamic NTK and LongRoPE choose their frequencies by it.
 
     Returns:
-      Two float32 arrays `[S, R]` over the R = `partial_rotary_factor` F features that are rotated, multiplied by the attention
-      factor; the second half of R repeats the first.
+      Two float32 arrays `[S, partial_rotary_factor * F]` over the features that are rotated, multiplied by the attention factor;
+      the second half of them repeats the first.
     """
     inverse, factor = _inverse_frequencies(rope, int(head_dim * rope.partial_rotary_factor), length)
     angles = jnp.arange(length, dtype=jnp.float32)[:, None] * jnp.asarray(inverse, jnp.float32)[None, :]
@@ -119,9 +121,10 @@ def rotary_tables(rope: RopeConfig, head_dim: int, length: int) -> tuple[Float[j
 
 
 def rotate(
-    x: Float[jax.Array, "b S H F"], cos: Float[jax.Array, "S R"], sin: Float[jax.Array, "S R"]
+    x: Float[jax.Array, "b S H F"], cos: Float[jax.Array, "S rotated"], sin: Float[jax.Array, "S rotated"]
 ) -> Float[jax.Array, "b S H F"]:
-    """Rotates pairs (f, f + R/2) of a head's first R features by the tables' angles, in the dtype of `x` as the references do."""
+    """Rotates pairs (f, f + F/2) of features by the tables' angles, in the dtype of `x` as the reference models do; of heads that
+    are rotated in part, the first features."""
     width = cos.shape[-1]
     if width < x.shape[-1]:
         return jnp.concatenate([rotate(x[..., :width], cos, sin), x[..., width:]], axis=-1)
@@ -132,7 +135,7 @@ def rotate(
 
 
 def _inverse_frequencies(rope: RopeConfig, width: int, length: int) -> tuple[np.ndarray, float]:
-    """Inverse frequencies `[R/2]` in float64 and the factor on cos and sin."""
+    """Inverse frequencies `[width/2]` in float64 and the factor on cos and sin."""
     exponents = np.arange(0, width, 2) / width
     base = rope.rope_theta
     if rope.rope_type == "linear":

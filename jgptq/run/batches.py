@@ -79,7 +79,7 @@ def observe(work: Unit, reference: Unit, batches: Sequence[Batch], stage: int, *
 
     Args:
       work: the block that is quantized, on the device.
-      reference: the float block, likewise.
+      reference: the float block, on the device.
       batches: as they enter the stage.
       stage: which of the block's stages.
       drift: whether the stage's solve looks at the float model.
@@ -97,7 +97,7 @@ def advance(
 
     Args:
       work: the block, on the device, with the kernels that the stage goes on with.
-      reference: the float block, likewise.
+      reference: the float block, on the device.
       batches: as they enter the stage; as they leave it, afterwards.
       stage: which of the block's stages.
       observe_next: whether to sum what the next stage reads, as `observe` would, on the way.

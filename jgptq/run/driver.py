@@ -9,7 +9,7 @@ import dataclasses
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,8 @@ from jgptq.notation import Array, Int
 from jgptq.run.batches import Batch, advance, cut_batches, embed, observe
 from jgptq.run.plan import StagePlan, idle_rules, packed_widths, plan_decoder, unit_prefix, units
 from jgptq.run.progress import Progress
-from jgptq.run.report import KEPT_FLOAT, LinearReport, Report
+from jgptq.run.report import KEPT_FLOAT, LinearReport, Report, ReportRows
+from jgptq.run.sink import MemorySink, Sink
 from jgptq.run.tiles import PreparedStage, SolvedLinear, SolvedStage, prepare_stage, solve_stage, tile_columns
 from jgptq.run.tune import Lesson, tune
 from jgptq.settings.presets import make_config
@@ -32,35 +33,6 @@ from jgptq.settings.run import QuantizeConfig
 from jgptq.settings.solver import SolverConfig
 from jgptq.solver import Outcome
 from jgptq.solver.drift import StageSums
-
-Rows = tuple[LinearReport, ...]
-
-
-class Sink(Protocol):
-    """Where finished blocks go, and where a repeated run finds them. The head, where it is quantized, follows the last block."""
-
-    def done(self) -> Mapping[int, tuple[Unit, Rows]]:
-        """The blocks that are already there, with their report rows."""
-        ...
-
-    def write(self, index: int, block: Unit, rows: Rows) -> None:
-        """Takes a finished block."""
-        ...
-
-
-class MemorySink:
-    """Keeps finished blocks in host memory."""
-
-    def __init__(self) -> None:
-        self._blocks: dict[int, tuple[Unit, Rows]] = {}
-
-    def done(self) -> Mapping[int, tuple[Unit, Rows]]:
-        """The blocks written so far."""
-        return self._blocks
-
-    def write(self, index: int, block: Unit, rows: Rows) -> None:
-        """Keeps a block, its leaves moved to host memory."""
-        self._blocks[index] = (jax.tree.map(np.asarray, block), rows)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,7 +60,7 @@ def quantize(
     layers before it are quantized already (GPTQ, Frantar et al. 2022, with true-sequential inputs).
 
     Args:
-      params: the decoder; leaves may be views of a mapped file, a block is read when its turn comes.
+      params: the decoder; leaves may be views of a mapped file, a block is read when it is quantized.
       calib: int32 token ids `[samples, seq_len]`; may be None for method "rtn", whose losses are then not measured.
       config: the settings as one object, instead of keywords.
       batch_size: samples that are run at once; by default about 4096 tokens' worth, 1024 on a CPU.
@@ -154,7 +126,7 @@ def _need_of_tokens(config: QuantizeConfig, used: Sequence[SolverConfig]) -> str
 
 def _quantize_block(
     index: int, block: Unit, plan: Sequence[StagePlan], batches: list[Batch], last: bool, run: _Run, bar: Progress
-) -> tuple[Unit, Rows]:
+) -> tuple[Unit, ReportRows]:
     """Quantizes one block and moves the batches through it; returns it packed, with its report rows."""
     work = to_device(block)
     reference = _reference(work, batches)
@@ -213,8 +185,8 @@ _finite = jax.jit(lambda leaves: [jnp.all(jnp.isfinite(leaf)) for leaf in leaves
 def _check_finite(path: str, module: nnx.Module) -> None:
     """Raises an error that names every leaf of a module that holds NaN or infinity."""
     named = jax.tree_util.tree_flatten_with_path(module)[0]
-    found = _finite([leaf for _, leaf in named])
-    bad = [f"{path}{jax.tree_util.keystr(keys[:-1])}" for (keys, _), finite in zip(named, found, strict=True) if not bool(finite)]
+    flags = _finite([leaf for _, leaf in named])
+    bad = [f"{path}{jax.tree_util.keystr(keys[:-1])}" for (keys, _), finite in zip(named, flags, strict=True) if not bool(finite)]
     if bad:
         raise NumericalError(f"{', '.join(bad)}: {Outcome.NONFINITE_WEIGHTS.message}")
 

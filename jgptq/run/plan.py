@@ -82,12 +82,12 @@ def settings_by_path(params: Decoder, config: QuantizeConfig) -> dict[str, Solve
     Raises:
       ConfigError: as `plan_decoder`.
     """
-    found: dict[str, SolverConfig | None] = {}
+    settings: dict[str, SolverConfig | None] = {}
     for index, (unit, plan) in enumerate(zip(units(params, config), plan_decoder(params, config), strict=True)):
         for decision in plan:
-            settings = decision.config if decision.kept_float is None else None
-            found |= {unit_prefix(unit, index) + name: settings for name in decision.names}
-    return found
+            used = decision.config if decision.kept_float is None else None
+            settings |= {unit_prefix(unit, index) + name: used for name in decision.names}
+    return settings
 
 
 def idle_rules(params: Decoder, config: QuantizeConfig) -> list[str]:

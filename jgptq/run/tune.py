@@ -56,7 +56,7 @@ def tune(params: Decoder, original: Decoder, lessons: Sequence[Lesson], passes: 
 
     Every sixteenth lesson is held out. Of the whole way, half and a quarter of it the point is taken whose divergence on those
     is least, so that a rate that is too high for one model costs little; where none is below that of the start, the model is
-    returned as it came.
+    returned unchanged.
 
     Args:
       params: the quantized decoder.

@@ -60,11 +60,11 @@ def test_files_are_what_the_format_says(tmp_path: Path):
     for file_format, word in (("gptq", 0x77777777), ("gptq_v2", 0x88888888)):
         tensors = safetensors.numpy.load_file(save_hf(quantized, tmp_path / file_format, format=file_format) / SINGLE)
         name = "model.layers.0.mlp.down_proj"
-        found = {
+        parts = {
             part: (tensors[f"{name}.{part}"].dtype.name, tensors[f"{name}.{part}"].shape)
             for part in ("qweight", "qzeros", "scales", "g_idx")
         }
-        assert found == {
+        assert parts == {
             "qweight": ("int32", (12, 64)),
             "qzeros": ("int32", (3, 8)),
             "scales": ("float16", (3, 64)),
@@ -178,8 +178,8 @@ def test_an_opt_is_written_under_its_own_names(tmp_path: Path):
     ],
 )
 def test_settings_that_a_reader_refuses_are_warned_of_by_its_name(settings: dict, readers: list[str]):
-    found = reader_warnings(QuantizeConfig(**settings), "gptq")
-    assert [warning.split()[0] for warning in found] == readers
+    sentences = reader_warnings(QuantizeConfig(**settings), "gptq")
+    assert [warning.split()[0] for warning in sentences] == readers
     assert reader_warnings(QuantizeConfig(**settings), "float") == []
 
 

@@ -28,14 +28,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:vLLM refuses")
 
 
 def packed_kernels(decoder: Decoder) -> dict[str, PackedTensor]:
-    found = {
+    kernels = {
         checkpoint_name(f"layers.{index}.{path}", decoder.config.model_type): linear.kernel.get_value()
         for index, block in enumerate(decoder.layers)
         for path, linear in block.linears().items()
     }
     if decoder.lm_head is not None:
-        found["lm_head"] = decoder.lm_head.kernel.get_value()
-    return {name: kernel for name, kernel in found.items() if isinstance(kernel, PackedTensor)}
+        kernels["lm_head"] = decoder.lm_head.kernel.get_value()
+    return {name: kernel for name, kernel in kernels.items() if isinstance(kernel, PackedTensor)}
 
 
 def check(folder: Path, tokens: np.ndarray, scratch: Path) -> None:

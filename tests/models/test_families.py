@@ -29,11 +29,11 @@ def tensor_names(row: str) -> dict[str, str]:
     """Name in the checkpoint -> path in the decoder, of every leaf."""
     decoder = nnx.eval_shape(lambda: Decoder(config_from_hf(ROWS[row][0]), rngs=nnx.Rngs(0)))
     model_type = ROWS[row][0]["model_type"]
-    found = [
+    pairs = [
         (f"{checkpoint_name(path, model_type)}.{LEAVES[leaf].suffix}", f"{path}.{leaf}") for path, _, leaf in leaves(decoder)
     ]
-    assert len(dict(found)) == len(found) == len(jax.tree.leaves(decoder))
-    return dict(found)
+    assert len(dict(pairs)) == len(pairs) == len(jax.tree.leaves(decoder))
+    return dict(pairs)
 
 
 def test_every_family_has_a_row_that_is_compared_with_transformers():
@@ -125,7 +125,7 @@ def test_a_stage_that_adds_changes_the_stream_by_its_output_and_no_other_does(ro
     """`adds` is what the shift of targets builds on: before a norm of the stream, the output is added as it is."""
     block = decoder_of(row).layers[0]
     carry = {RESIDUAL: decoder_of(row).embed(jnp.asarray(TOKENS))}
-    found = []
+    adding = []
     for number, stage in enumerate(block.stages()):
         h, before = block.inputs(stage, carry), carry[RESIDUAL]
         carry = block.run(stage, carry)
@@ -134,8 +134,8 @@ def test_a_stage_that_adds_changes_the_stream_by_its_output_and_no_other_does(ro
         if output.shape == before.shape:
             expected = norms[0](before + output) if norms else before + output
             if np.array_equal(carry[RESIDUAL], expected):
-                found.append(number)
-    assert found == added == [number for number, stage in enumerate(block.stages()) if stage.adds]
+                adding.append(number)
+    assert adding == added == [number for number, stage in enumerate(block.stages()) if stage.adds]
 
 
 def test_linears_that_share_a_hessian_and_those_that_readers_fuse_are_two_facts():

@@ -43,9 +43,9 @@ def test_a_silent_config_gets_the_defaults_of_transformers(family):
     yarn, windows = {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, {"use_sliding_window": True, "max_window_layers": 1}
     yarn = yarn if FAMILIES[family].positions == "rotary" else {}
     for hf in (silent, silent | yarn, silent | windows):
-        config, found = torch_config(hf), config_from_hf(hf)
-        assert found == config_from_hf(config.to_dict())
-        assert found.layer_windows == torch_windows(config)
+        config, ours = torch_config(hf), config_from_hf(hf)
+        assert ours == config_from_hf(config.to_dict())
+        assert ours.layer_windows == torch_windows(config)
 
 
 def test_rope_scaling_wins_over_rope_parameters_as_in_transformers():

@@ -18,9 +18,9 @@ from jgptq.models import RESIDUAL, Linear, RMSNorm, config_from_hf
 
 @pytest.mark.parametrize("name", ROWS)
 def test_logits_are_those_of_transformers(name):
-    expected, found = torch_logits(twin(name)), logits_of(name)
+    expected, ours = torch_logits(twin(name)), logits_of(name)
     assert np.std(expected) > 0.5
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", [name for name, (_, neutral) in ROWS.items() if neutral])
@@ -36,11 +36,11 @@ def test_bfloat16_is_as_near_to_float32_as_transformers_bfloat16(name):
     # reference's bfloat16 from its float32 on the same rounded weights, two independent errors of that size are sqrt(2) e apart.
     reference = torch_twin(ROWS[name][0], torch.bfloat16)
     decoder = with_weights(config_from_hf(ROWS[name][0], dtype="bfloat16"), reference)
-    low, exact, found = torch_logits(reference), torch_logits(reference.float()), logits(decoder)
+    low, exact, ours = torch_logits(reference), torch_logits(reference.float()), logits(decoder)
     error = np.std(low - exact)
-    assert found.dtype == np.float32
-    assert 0.5 * error < np.std(found - exact) < 1.5 * error
-    assert np.std(found - low) < 1.75 * error < 0.1 * np.std(exact)
+    assert ours.dtype == np.float32
+    assert 0.5 * error < np.std(ours - exact) < 1.5 * error
+    assert np.std(ours - low) < 1.75 * error < 0.1 * np.std(exact)
     carry = {RESIDUAL: decoder.embed(jnp.asarray(TOKENS))}
     for block in decoder.layers:
         for stage in block.stages():
@@ -52,8 +52,8 @@ def test_bfloat16_is_as_near_to_float32_as_transformers_bfloat16(name):
 def test_a_bfloat16_norm_takes_its_mean_in_float32_as_transformers_does():
     h = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
     expected = LlamaRMSNorm(64, 1e-6).bfloat16()(h).detach().float().numpy()
-    found = np.asarray(RMSNorm(64, 1e-6)(jnp.asarray(h.float().numpy(), jnp.bfloat16)).astype(jnp.float32))
-    assert np.mean(found != expected) < 0.01  # bit for bit, but for sums that float32 takes in another order
+    ours = np.asarray(RMSNorm(64, 1e-6)(jnp.asarray(h.float().numpy(), jnp.bfloat16)).astype(jnp.float32))
+    assert np.mean(ours != expected) < 0.01  # bit for bit, but for sums that float32 takes in another order
 
 
 def test_a_block_is_its_stages_and_a_decoder_its_blocks():

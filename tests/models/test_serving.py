@@ -16,24 +16,32 @@ from jgptq.models.packed import PackedTensor, RuntimeTensor
 _logits = jax.jit(lambda model, tokens: model(tokens))
 
 
+FORMS = [
+    ({"qkv_bias": True}, ["mlp.gate_up_proj"]),
+    (tiny.OPT_350M, ["mlp.up_proj"]),
+    ({"block_form": "parallel", "norm": "layer"}, ["mlp.gate_up_proj"]),
+]
+
+
 @pytest.mark.parametrize(
     "settings",
     [
         {"method": "rtn", "bits": 8, "sym": False, "group_size": -1},
-        {"preset": "fast", "bits": 4, "order": "desc_act", "group_size": 32, "rules": {r"+:.*o_proj": {"bits": 3}}},
+        {"preset": "fast", "bits": 4, "order": "desc_act", "group_size": 32, "rules": {r"+:.*(o|out)_proj": {"bits": 3}}},
     ],
 )
 @pytest.mark.filterwarnings("ignore:vLLM refuses")
-def test_logits_stay_and_files_are_refused(settings, tmp_path):
+@pytest.mark.parametrize(("changes", "linears"), FORMS)
+def test_logits_stay_and_files_are_refused(settings, changes, linears, tmp_path):
     calib = tiny.tokens()
-    quantized, _ = jgptq.quantize(tiny.decoder(qkv_bias=True), calib, **settings)
+    quantized, _ = jgptq.quantize(tiny.decoder(**changes), calib, **settings)
     served = jgptq.for_serving(quantized)
     tokens = jnp.asarray(calib[:2])
     np.testing.assert_allclose(_logits(served, tokens), _logits(quantized, tokens), atol=1e-4)
     for block, original in zip(served.layers, quantized.layers, strict=True):
         assert isinstance(block.self_attn.o_proj.kernel.get_value(), PackedTensor if "rules" in settings else RuntimeTensor)
         assert isinstance(block.mlp.down_proj.kernel.get_value(), RuntimeTensor)
-        assert list(block.linears()) == ["self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"]
+        assert sorted(block.linears()) == sorted(["self_attn.qkv_proj", "self_attn.o_proj", "mlp.down_proj", *linears])
         for fusion in (fusion for stage in original.stages() for fusion in stage.fusions):
             kernels = [original.linears()[path].kernel.get_value() for path in fusion.linears]
             joined = jnp.concatenate([kernel.dequantize() for kernel in kernels], axis=1)

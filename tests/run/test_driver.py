@@ -51,8 +51,8 @@ def test_every_linear_is_solved_on_what_the_quantized_layers_before_it_produce(c
             for path in stage.linears:
                 w_kn = jnp.asarray(block.linears()[path].kernel.get_value(), jnp.float32)
                 expected = solve(w_kn, h_kk, jgptq.QuantizeConfig(**SETTINGS)).dequantize()
-                found = packed.linears()[path].kernel.get_value().dequantize()
-                assert np.mean(np.abs(np.asarray(found - expected)) > 1e-5) < 0.02
+                solved = packed.linears()[path].kernel.get_value().dequantize()
+                assert np.mean(np.abs(np.asarray(solved - expected)) > 1e-5) < 0.02
             carry = packed.combine(stage, carry, {path: packed.linears()[path](h) for path in stage.linears})
 
 
@@ -344,7 +344,7 @@ def test_a_disk_that_fills_during_a_run_keeps_the_finished_blocks(tmp_path: Path
     sink = FolderSink(tmp_path / "out", checkpoint, settings, calib)
     with monkeypatch.context() as patch:
         patch.setattr(ShardWriter, "_write_at", full)
-        with pytest.raises(OutputError, match=r"No space left on device.*goes on behind the blocks"):
+        with pytest.raises(OutputError, match=r"No space left on device.*resumes after the last finished block"):
             jgptq.quantize(checkpoint, calib, config=settings, sink=sink)
     again = FolderSink(tmp_path / "out", checkpoint, settings, calib)
     assert list(again.done()) == [0]
