@@ -138,19 +138,19 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     outside = [file for file in files if Path(file).name != file or file in (".", "..")]
     if outside:
         raise CheckpointError(f"{folder / INDEX}: names files outside the folder: {', '.join(outside)}; refusing to read them")
-    found: dict[str, TensorEntry] = {}
+    entries: dict[str, TensorEntry] = {}
     problems = []
     for file in files:
         try:
-            found |= read_header(folder / file)
+            entries |= read_header(folder / file)
         except CheckpointError as error:
             problems.append(str(error))
     if not problems and weight_map is not None:
-        lost = [name for name, file in weight_map.items() if name not in found or found[name].file != file]
+        lost = [name for name, file in weight_map.items() if name not in entries or entries[name].file != file]
         problems += [f"{folder / INDEX}: {name} is not in {weight_map[name]}" for name in lost]
     if problems:
         raise CheckpointError("\n".join(problems))
-    return Checkpoint(folder, found)
+    return Checkpoint(folder, entries)
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:

@@ -11,10 +11,10 @@ from flax import nnx
 
 from converters.checkpoint import Checkpoint, open_checkpoint, read_json, resolve_folder
 from converters.encode import constant_words
-from converters.names import IGNORED, LEAVES, hf_module, leaves, unit_leaves
+from converters.names import IGNORED, LEAVES, leaves, unit_leaves
 from converters.quantization import declared_group_sizes, read_settings
 from jgptq.errors import ArchitectureError, CheckpointError
-from jgptq.models import Block, Decoder, Head, Linear, ModelConfig, Origin, RMSNorm, Unit, config_from_hf
+from jgptq.models import Block, Decoder, Linear, ModelConfig, Origin, Unit, checkpoint_name, config_from_hf
 from jgptq.models.packed import PackedTensor, validate
 from jgptq.settings.sizes import BITS, group_rows
 from pallas_kernels.packing import pack_codes, unpack_codes
@@ -47,8 +47,8 @@ def load_hf(source: str | Path, dtype: str = "auto") -> Decoder:
     config = config_from_hf(hf, dtype)
     checkpoint = open_checkpoint(folder)
     decoder = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
-    found = _fill(leaves(decoder), checkpoint, config, quantization)
-    unexpected = [name for name in checkpoint.entries if name not in found and not _leftover(name, checkpoint)]
+    used = _fill(leaves(decoder), checkpoint, config, quantization)
+    unexpected = [name for name in checkpoint.entries if name not in used and not _leftover(name, checkpoint)]
     if config.tie_word_embeddings:
         unexpected = [name for name in unexpected if name != "lm_head.weight"]
     if unexpected:
@@ -62,30 +62,32 @@ def load_hf(source: str | Path, dtype: str = "auto") -> Decoder:
 
 
 def _leftover(name: str, checkpoint: Checkpoint) -> bool:
-    """Whether a tensor that the model does not have may be passed over: old buffers, and biases of zeros beside codes."""
+    """Whether a tensor that the model does not have may be passed over: old buffers, and biases of zeros next to codes."""
     module, _, part = name.rpartition(".")
     added = part == "bias" and f"{module}.qweight" in checkpoint.entries and not np.any(checkpoint.array(name))
     return added or name.endswith(IGNORED)
 
 
-def load_unit(index: int, config: ModelConfig, checkpoint: Checkpoint, quantization: dict[str, Any], norm: RMSNorm) -> Unit:
+def load_unit(index: int, params: Decoder, checkpoint: Checkpoint, quantization: dict[str, Any]) -> Unit:
     """One block of a checkpoint that may not be whole yet, or the head that follows the last one.
 
     Args:
       index: which block; the number of blocks for the head.
-      config: the decoder's switches.
+      params: the decoder that the checkpoint is made of: its config, and what the head reads through, which is not in the
+        checkpoint yet.
       checkpoint: the tensors.
       quantization: the `quantization_config` that the tensors were written under.
-      norm: the norm that the head reads through, which is not in the checkpoint yet.
     """
+    config = params.config
+    unit: Unit | None
     if index < config.num_hidden_layers:
-        block = nnx.eval_shape(lambda: Block(config, config.layer_windows[index], rngs=nnx.Rngs(0)))
-        _fill(unit_leaves(index, block), checkpoint, config, quantization)
-        return block
-    linear = nnx.eval_shape(lambda: Linear(config.hidden_size, config.vocab_size, rngs=nnx.Rngs(0)))
-    head = Head(norm, linear)
-    _fill(unit_leaves(index, head), checkpoint, config, quantization)
-    return head
+        unit = nnx.eval_shape(lambda: Block(config, config.layer_windows[index], rngs=nnx.Rngs(0)))
+    elif (unit := params.head()) is not None:
+        unit.lm_head = nnx.eval_shape(lambda: Linear(*unit.lm_head.kernel.get_value().shape, rngs=nnx.Rngs(0)))
+    if unit is None:
+        raise CheckpointError(f"{checkpoint.folder}: holds a head, but the output projection of this model is its embedding")
+    _fill(unit_leaves(index, unit), checkpoint, config, quantization)
+    return unit
 
 
 def _fill(
@@ -101,7 +103,7 @@ def _fill(
     for path, module, attribute in targets:
         param = getattr(module, attribute)
         shape = tuple(param.get_value().shape)
-        name = hf_module(path, config.model_type)
+        name = checkpoint_name(path, config.model_type)
         read: Leaf | None
         packed = attribute == "kernel" and f"{name}.qweight" in checkpoint.entries
         if packed and quantization is not None and declared is not None:
@@ -153,7 +155,7 @@ def _packed(
     }
     missing = [part for part in ("qweight", "scales", "qzeros") if part not in parts]
     if missing:
-        problems.extend(f"  {name}.{part} is missing beside {name}.qweight" for part in missing)
+        problems.extend(f"  {name}.{part} is missing, although {name}.qweight is there" for part in missing)
         return None
     used.update(parts.values())
     arrays = {part: checkpoint.array(full) for part, full in parts.items()}

@@ -1,11 +1,11 @@
-"""Hugging Face tensor name <-> path of a leaf in the decoder, per architecture: data, and the two functions that read it."""
+"""The leaves of a decoder, and how a checkpoint stores each kind of leaf. Names of modules are the family's
+(`jgptq.models.checkpoint_name`)."""
 
 import dataclasses
 from collections.abc import Iterator
 
 from flax import nnx
 
-from jgptq.errors import ArchitectureError
 from jgptq.models import Decoder, Head, Unit
 
 
@@ -25,35 +25,15 @@ LEAVES = {
 }
 """Last part of a leaf's path -> how it is stored."""
 
-_LLAMA = {"embed_tokens": "model.embed_tokens", "layers": "model.layers", "norm": "model.norm", "lm_head": "lm_head"}
-
-MODULES = {"llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA}
-"""Architecture -> first part of a module's path in the decoder -> its name in the file; the rest of the path is the same."""
-
 IGNORED = (".rotary_emb.inv_freq", ".self_attn.masked_bias")
 """Endings of tensors that old checkpoints hold and no model reads."""
 
 
-def hf_module(path: str, architecture: str) -> str:
-    """The Hugging Face name of the module at a dotted path: `layers.0.mlp.up_proj` -> `model.layers.0.mlp.up_proj`.
-
-    Raises:
-      ArchitectureError: an architecture without a table.
-    """
-    if architecture not in MODULES:
-        raise ArchitectureError(f"no table of names for {architecture!r}; there are tables for {', '.join(MODULES)}")
-    first, dot, rest = path.partition(".")
-    return MODULES[architecture][first] + dot + rest
-
-
 def leaves(decoder: Decoder) -> Iterator[tuple[str, nnx.Module, str]]:
     """Every leaf of a decoder in the order of the forward pass, as (path of its module, module, attribute)."""
-    yield from _walk("embed_tokens", decoder.embed_tokens)
-    for index, block in enumerate(decoder.layers):
-        yield from _walk(f"layers.{index}", block)
-    yield from _walk("norm", decoder.norm)
-    if decoder.lm_head is not None:
-        yield from _walk("lm_head", decoder.lm_head)
+    blocks = {f"layers.{index}": block for index, block in enumerate(decoder.layers)}
+    for path, part in (decoder.before() | blocks | decoder.after()).items():
+        yield from _walk(path, part)
 
 
 def unit_leaves(index: int, unit: Unit) -> Iterator[tuple[str, nnx.Module, str]]:

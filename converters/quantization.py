@@ -1,11 +1,13 @@
 """The `quantization_config` of GPTQ folders, and who can read what."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, Literal, cast, get_args
 
 from jgptq.errors import CheckpointError, ConfigError
+from jgptq.models import ModelConfig, checkpoint_name
+from jgptq.models.stages import block_stages
 from jgptq.settings.options import SAME_AS_HERE, options
 from jgptq.settings.rules import first_match, rules_from_dynamic, rules_to_dynamic, stored_rules
 from jgptq.settings.run import QuantizeConfig
@@ -17,15 +19,6 @@ VERSION = "0.1.0"
 VLLM_GROUPS = (-1, 32, 64, 128)
 GPTQMODEL_GROUPS = (-1, 16, 32, 64, 128, 256, 512, 1024)
 """Group sizes that readers accept."""
-
-_FUSED = {
-    "self_attn.q_proj": "self_attn.qkv_proj",
-    "self_attn.k_proj": "self_attn.qkv_proj",
-    "self_attn.v_proj": "self_attn.qkv_proj",
-    "mlp.gate_proj": "mlp.gate_up_proj",
-    "mlp.up_proj": "mlp.gate_up_proj",
-}
-"""What readers that fuse linears call them: a rule that skips one must match the fused name as well."""
 
 HEAD = "lm_head"
 
@@ -50,7 +43,7 @@ def check_format(file_format: str, config: QuantizeConfig) -> Format:
 
 
 def quantization_config(
-    config: QuantizeConfig, file_format: str, linears: Mapping[str, SolverConfig | None], blocks: int
+    config: QuantizeConfig, file_format: str, linears: Mapping[str, SolverConfig | None], model: ModelConfig
 ) -> dict[str, Any]:
     """The `quantization_config` object, as GPTQModel, transformers and vLLM read it.
 
@@ -61,7 +54,7 @@ def quantization_config(
       config: the run's settings.
       file_format: "gptq" or "gptq_v2".
       linears: the settings of each linear by its path in the decoder (`layers.0.mlp.up_proj`, `lm_head`), None where it is float.
-      blocks: how many blocks the decoder has.
+      model: the decoder's switches: how many blocks it has, which linears readers fuse, and what they are called.
     """
     result: dict[str, Any] = {
         "quant_method": "gptq",
@@ -83,12 +76,14 @@ def quantization_config(
             "rules": rules_to_dynamic(config.rules),
         },
     }
-    if dynamic := dynamic_rules(config, linears, blocks):
+    if dynamic := dynamic_rules(config, linears, model):
         result["dynamic"] = dynamic
     return result
 
 
-def dynamic_rules(config: QuantizeConfig, linears: Mapping[str, SolverConfig | None], blocks: int) -> dict[str, dict[str, Any]]:
+def dynamic_rules(
+    config: QuantizeConfig, linears: Mapping[str, SolverConfig | None], model: ModelConfig
+) -> dict[str, dict[str, Any]]:
     """Rules that tell readers which linears are float, and which have other settings than the config's: one for each kind and
     settings. No name is matched by two of them, as long as fused linears agree."""
     base = _stored_settings(config)
@@ -103,11 +98,19 @@ def dynamic_rules(config: QuantizeConfig, linears: Mapping[str, SolverConfig | N
         else:
             _, index, kind = path.split(".", 2)
             where.setdefault((kind, changes), []).append(int(index))
+    fused = {path: fusion.name for stage in block_stages(model) for fusion in stage.fusions for path in fusion.linears}
     for (kind, changes), indices in where.items():
-        names = "|".join(re.escape(name) for name in dict.fromkeys((kind, _FUSED.get(kind, kind))))
-        which = r"\d+" if len(indices) == blocks else f"(?:{'|'.join(map(str, sorted(indices)))})"
-        rules[rf"{'-' if changes is None else '+'}:^model\.layers\.{which}\.(?:{names})$"] = dict(changes or ())
+        # Readers that fuse linears ask for the fused name: a rule that skips one must match that as well.
+        before, names = _stored_names(dict.fromkeys((kind, fused.get(kind, kind))), model)
+        which = r"\d+" if len(indices) == model.num_hidden_layers else f"(?:{'|'.join(map(str, sorted(indices)))})"
+        rules[rf"{'-' if changes is None else '+'}:^{before}\.{which}\.(?:{names})$"] = dict(changes or ())
     return rules
+
+
+def _stored_names(kinds: Iterable[str], model: ModelConfig) -> tuple[str, str]:
+    """What names in the checkpoint begin with up to the number of the block, and the alternatives after it, as regexes."""
+    names = [checkpoint_name(f"layers.0.{kind}", model.model_type).partition(".0.") for kind in kinds]
+    return re.escape(names[0][0]), "|".join(re.escape(within) for _, _, within in names)
 
 
 def read_settings(quantization: Mapping[str, Any]) -> QuantizeConfig:
@@ -164,24 +167,26 @@ def reader_warnings(config: QuantizeConfig, file_format: str) -> list[str]:
     """Sentences on who will refuse the files; empty where vLLM, GPTQModel and transformers all load them."""
     if file_format == "float":
         return []
-    found = [sentence for settings in _used_settings(config) for sentence in _refusals(settings)]
+    sentences = [sentence for settings in _used_settings(config) for sentence in _refusals(settings)]
     if config.rules or config.lm_head:
-        found.append(
+        sentences.append(
             "transformers reads no rules and no quantized lm_head (5.23 with optimum 2.3), and may load other weights without an "
             "error; GPTQModel and vLLM read both"
         )
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(sentences))
 
 
 def _refusals(config: SolverConfig) -> list[str]:
     """Sentences on who refuses linears of these settings."""
-    found = []
+    sentences = []
     if not config.sym:
-        found.append("vLLM refuses asymmetric GPTQ files; GPTQModel loads them (as v2)")
+        sentences.append("vLLM refuses asymmetric GPTQ files; GPTQModel loads them (as v2)")
     if config.bits in (2, 3):
-        found.append(f"vLLM refuses {config.bits}-bit GPTQ files; GPTQModel loads them")
+        sentences.append(f"vLLM refuses {config.bits}-bit GPTQ files; GPTQModel loads them")
     if config.group_size not in VLLM_GROUPS:
-        found.append(f"vLLM serves groups of {VLLM_GROUPS}, not {config.group_size}")
+        sentences.append(f"vLLM serves groups of {VLLM_GROUPS}, not {config.group_size}")
     if config.group_size not in GPTQMODEL_GROUPS:
-        found.append(f"GPTQModel loads groups of {GPTQMODEL_GROUPS}, not {config.group_size}, and transformers loads through it")
-    return found
+        sentences.append(
+            f"GPTQModel loads groups of {GPTQMODEL_GROUPS}, not {config.group_size}, and transformers loads through it"
+        )
+    return sentences

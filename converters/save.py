@@ -13,13 +13,12 @@ from typing import Any
 import numpy as np
 
 from converters.encode import encode_float, encode_packed, float_specs, packed_specs
-from converters.names import hf_module, leaves
+from converters.names import leaves
 from converters.quantization import Format, check_format, quantization_config, reader_warnings
 from converters.shards import JOURNAL, ShardWriter, TensorSpec, partial_folder, refuse_existing
 from jgptq.errors import ConfigError, OutputError
-from jgptq.models import Decoder, config_to_hf
+from jgptq.models import Decoder, checkpoint_name, config_to_hf
 from jgptq.models.packed import PackedTensor, RuntimeTensor
-from jgptq.run.plan import full_name
 from jgptq.settings.rules import resolve
 from jgptq.settings.solver import SolverConfig
 
@@ -83,7 +82,7 @@ def save_hf(
 
 def encode_leaf(params: Decoder, path: str, attribute: str, leaf: Any, file_format: str) -> dict[str, np.ndarray]:
     """The tensors of one leaf in a format."""
-    name = hf_module(path, params.config.model_type)
+    name = checkpoint_name(path, params.config.model_type)
     if isinstance(leaf, PackedTensor) and file_format != "float":
         return encode_packed(name, leaf, file_format)
     return encode_float(name, attribute, leaf, _expanded_dtype(params) if isinstance(leaf, PackedTensor) else None)
@@ -96,7 +95,7 @@ def write_settings(writer: ShardWriter, params: Decoder, file_format: str) -> No
     hf = config_to_hf(params.config, stored) if origin is None else json.loads(origin.hf_config)
     if file_format != "float" and params.quantization is not None:
         kernels = dict(_kernels(params))
-        quantization = quantization_config(params.quantization, file_format, _settings(params, kernels), len(params.layers))
+        quantization = quantization_config(params.quantization, file_format, _settings(params, kernels), params.config)
         shuffled = any(isinstance(kernel, PackedTensor) and kernel.order is not None for kernel in kernels.values())
         quantization["desc_act"] = shuffled
         if shuffled:
@@ -112,31 +111,31 @@ def write_settings(writer: ShardWriter, params: Decoder, file_format: str) -> No
 def _kernels(params: Decoder) -> Iterator[tuple[str, Any]]:
     """Paths of the linears of all blocks, and of the head, with their kernels."""
     for index, block in enumerate(params.layers):
-        for stage in block.stages():
-            for name, linear in zip(stage.names, stage.linears, strict=True):
-                yield f"layers.{index}.{name}", linear.kernel.get_value()
+        for name, linear in block.linears().items():
+            yield f"layers.{index}.{name}", linear.kernel.get_value()
     if params.lm_head is not None:
         yield "lm_head", params.lm_head.kernel.get_value()
 
 
 def _settings(params: Decoder, kernels: Mapping[str, Any]) -> dict[str, SolverConfig | None]:
-    """What each linear is by its path, told from its kernel; None for float. A grid is symmetric if the run's was: an asymmetric
-    one may look so by chance."""
-    found: dict[str, SolverConfig | None] = {}
+    """The settings of each linear by its path, from its kernel; None for float. A grid is symmetric if the run's was: an
+    asymmetric one may look so by chance."""
+    used: dict[str, SolverConfig | None] = {}
     for path, kernel in kernels.items():
-        found[path] = None
+        used[path] = None
         if isinstance(kernel, PackedTensor) and params.quantization is not None:
-            asked = resolve(params.quantization, full_name(path)) or params.quantization.with_rule(None)
+            name = checkpoint_name(path, params.config.model_type)
+            asked = resolve(params.quantization, name) or params.quantization.with_rule(None)
             sym = asked.sym and kernel.zeros is None
-            found[path] = dataclasses.replace(asked, bits=kernel.bits, group_size=kernel.group_size, sym=sym)
-    return found
+            used[path] = dataclasses.replace(asked, bits=kernel.bits, group_size=kernel.group_size, sym=sym)
+    return used
 
 
 def _specs(params: Decoder, file_format: str) -> list[TensorSpec]:
     specs = []
     for path, module, attribute in leaves(params):
         leaf = getattr(module, attribute).get_value()
-        name = hf_module(path, params.config.model_type)
+        name = checkpoint_name(path, params.config.model_type)
         if not isinstance(leaf, PackedTensor):
             specs += float_specs(name, attribute, leaf.shape, leaf.dtype)
         elif file_format == "float":

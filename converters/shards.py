@@ -1,7 +1,7 @@
 """Writing safetensors shards whose layout is planned first and whose tensors come in any order.
 
 All shapes are known before a run begins, so every shard's header is written and its space reserved at the start: a disk that is
-too small is found out before the work and not after it, each tensor goes straight to its place, and a run that was stopped finds
+too small is noticed before the work and not after it, each tensor goes straight to its place, and a run that was stopped finds
 what it had written. The folder carries a temporary name until it is whole.
 """
 
@@ -151,7 +151,7 @@ class ShardWriter:
             self.guard(path.name, functools.partial(_sync_path, path))
 
     def write_text(self, name: str, text: str) -> None:
-        """Writes a small file beside the shards."""
+        """Writes a small file into the folder of the shards."""
         self.guard(name, lambda: (self.folder / name).write_text(text, encoding="utf-8"))
 
     def finish(self) -> Path:
@@ -235,7 +235,7 @@ class ShardWriter:
             needed = sum(self._sizes.values())
             free = shutil.disk_usage(self.folder).free
             message = f"{self.folder / file}: {error.strerror}; the result needs {needed} bytes, {free} are free. "
-            advice = "Free some space, or choose another disk, and run it again: a run goes on behind the blocks it had finished"
+            advice = "Free some space, or choose another disk, and run it again: a run resumes after the last finished block"
             raise OutputError(error.errno, message + advice) from error
 
 

@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +15,13 @@ from safetensors.numpy import save
 from converters.checkpoint import Checkpoint, TensorEntry, read_header
 from converters.encode import float_specs, packed_specs
 from converters.load import load_unit
-from converters.names import hf_module, leaves, unit_leaves
+from converters.names import leaves, unit_leaves
 from converters.quantization import HEAD, Format, check_format, quantization_config, reader_warnings
 from converters.save import encode_leaf, write_settings
 from converters.shards import JOURNAL, ShardWriter, TensorSpec, parse_size, partial_folder, refuse_existing
 from jgptq.errors import ConfigError, OutputError
-from jgptq.models import Decoder, Unit
-from jgptq.run.plan import settings_by_path
+from jgptq.models import Decoder, Unit, checkpoint_name
+from jgptq.run.plan import settings_by_path, unit_prefix, units
 from jgptq.run.report import LinearReport, Report, row_to_dict
 from jgptq.settings.run import QuantizeConfig
 
@@ -95,10 +95,10 @@ class FolderSink:
             entries |= read_header(writer.folder / file)
         checkpoint = Checkpoint(writer.folder, entries)
         planned = settings_by_path(self._params, self._config)
-        written = quantization_config(self._config, self._format, planned, len(self._params.layers))
+        written = quantization_config(self._config, self._format, planned, self._params.config)
         finished = {}
         for line in lines:
-            block = load_unit(line["block"], self._params.config, checkpoint, written, self._params.norm)
+            block = load_unit(line["block"], self._params, checkpoint, written)
             finished[line["block"]] = (block, tuple(LinearReport(**row) for row in line["rows"]))
         return finished
 
@@ -109,8 +109,9 @@ class FolderSink:
         that is stopped on the way finds it as it was.
         """
         movable: dict[str, np.ndarray] = {}
-        for name, array in self._encoded(unit_leaves(index, block), self._params):
-            if self._config.tune and _may_move(name):
+        may_move = self._movable(index, block)
+        for _, name, array in self._encoded(unit_leaves(index, block), self._params):
+            if name in may_move:
                 movable[name] = np.ascontiguousarray(array)  # safetensors writes the memory of a view as if it were whole
             else:
                 self._writer.write(name, array)
@@ -124,7 +125,7 @@ class FolderSink:
 
         Args:
           qparams: what the driver returned.
-          report: likewise.
+          report: the driver's report.
 
         Returns:
           The finished folder.
@@ -135,8 +136,12 @@ class FolderSink:
         """
         if qparams.quantization != self._config:
             raise ConfigError("the decoder was quantized with other settings than the sink's; give both the same config")
-        for name, array in self._encoded(leaves(qparams), qparams, self._is_written):
-            self._writer.write(name, array)
+        parts = enumerate(units(qparams, self._config))
+        movable = {name for index, unit in parts for name in self._movable(index, unit)}
+        for path, name, array in self._encoded(leaves(qparams), qparams):
+            in_unit = path.startswith("layers.") or (path == HEAD and self._config.lm_head)
+            if not in_unit or name in movable:  # what is left is in its place already
+                self._writer.write(name, array)
         write_settings(self._writer, qparams, self._format)
         self._writer.write_text(REPORT, report.to_json() + "\n")
         folder = self._writer.finish()
@@ -146,23 +151,20 @@ class FolderSink:
         (folder / JOURNAL).unlink()
         return folder
 
-    def _encoded(
-        self,
-        found: Iterable[tuple[str, nnx.Module, str]],
-        params: Decoder,
-        is_written: Callable[[str, str], bool] = lambda path, name: False,
-    ) -> Iterator[tuple[str, np.ndarray]]:
-        """The tensors of leaves, but for those that are in their place already."""
-        for path, module, attribute in found:
+    def _encoded(self, parts: Iterable[tuple[str, nnx.Module, str]], params: Decoder) -> Iterator[tuple[str, str, np.ndarray]]:
+        """The tensors of leaves, as (path of the module, name, array)."""
+        for path, module, attribute in parts:
             leaf = getattr(module, attribute).get_value()
             for name, array in encode_leaf(params, path, attribute, leaf, self._format).items():
-                if not is_written(path, name):
-                    yield name, array
+                yield path, name, array
 
-    def _is_written(self, path: str, name: str) -> bool:
-        """Whether a tensor of the finished decoder is what `write` put into its place."""
-        in_unit = path.startswith("layers.") or (path == HEAD and self._config.lm_head)
-        return in_unit and not (self._config.tune and _may_move(name))
+    def _movable(self, index: int, unit: Unit) -> set[str]:
+        """The tensors of a unit that tuning may move: scales of codes, and of norms."""
+        if not self._config.tune:
+            return set()
+        names = [(path, "scales") for path in unit.linears()] + [(path, "weight") for path in unit.norms()]
+        prefix, architecture = unit_prefix(unit, index), self._params.config.model_type
+        return {f"{checkpoint_name(prefix + path, architecture)}.{part}" for path, part in names}
 
     def _write_movable(self, index: int, tensors: dict[str, np.ndarray]) -> None:
         file = _movable_file(index)
@@ -180,7 +182,7 @@ class FolderSink:
         specs = []
         for path, module, attribute in leaves(self._params):
             leaf = getattr(module, attribute).get_value()
-            name = hf_module(path, self._params.config.model_type)
+            name = checkpoint_name(path, self._params.config.model_type)
             settings = planned.get(path)
             if attribute == "kernel" and settings is not None:
                 specs += packed_specs(name, leaf.shape, settings.bits, settings.group_size)
@@ -221,11 +223,6 @@ class FolderSink:
 def _movable_file(index: int | str) -> str:
     """Where the tensors of a block lie that tuning may move."""
     return f"movable-{index}.tensors"
-
-
-def _may_move(name: str) -> bool:
-    """Whether tuning may move a tensor of a block: scales of codes, and norms."""
-    return name.endswith(".scales") or name.endswith("norm.weight")
 
 
 def _fingerprint(params: Decoder, config: QuantizeConfig, calib: np.ndarray | None, *settings: object) -> str:

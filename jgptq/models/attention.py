@@ -1,7 +1,10 @@
 """Causal attention in plain JAX."""
 
+import math
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jgptq.notation import Float
 
@@ -10,7 +13,11 @@ _MAX_CHUNKS = 8
 
 
 def causal_attention(
-    q: Float[jax.Array, "b S H F"], k: Float[jax.Array, "b S J F"], v: Float[jax.Array, "b S J F"], window: int | None
+    q: Float[jax.Array, "b S H F"],
+    k: Float[jax.Array, "b S J F"],
+    v: Float[jax.Array, "b S J F"],
+    window: int | None,
+    slopes: Float[np.ndarray, " H"] | None = None,
 ) -> Float[jax.Array, "b S H F"]:
     """`softmax(q k^T / sqrt(F)) v` over the positions up to each query's own; H/J query heads share a key-value head.
 
@@ -23,26 +30,50 @@ def causal_attention(
       k: keys `[b, S, J, F]`.
       v: values `[b, S, J, F]`.
       window: positions that a query sees, itself included; None for all before it.
+      slopes: of ALiBi (arXiv 2108.12409), `[H]`: the distance between query and key times its head's slope is subtracted from
+        the score.
 
     Returns:
       The heads' outputs `[b, S, H, F]`, in the dtype of `v`.
     """
-    return jax.lax.map(lambda row: _one_sample(row[0], row[1], row[2], window), (q, k, v))
+    return jax.lax.map(lambda row: _one_sample(row[0], row[1], row[2], window, slopes), (q, k, v))
+
+
+def alibi_slopes(heads: int) -> Float[np.ndarray, " H"]:
+    """The slopes of ALiBi: `2^(-8 i / H)` for head i = 1..H; where H is no power of two, those of the largest power p below it,
+    then every other one of 2p."""
+
+    def geometric(count: int) -> np.ndarray:
+        return 2.0 ** (-8.0 * np.arange(1, count + 1) / count)
+
+    power = 2 ** math.floor(math.log2(heads))
+    return np.concatenate([geometric(power), geometric(2 * power)[::2][: heads - power]]).astype(np.float32)
 
 
 def _one_sample(
-    q: Float[jax.Array, "S H F"], k: Float[jax.Array, "S J F"], v: Float[jax.Array, "S J F"], window: int | None
+    q: Float[jax.Array, "S H F"],
+    k: Float[jax.Array, "S J F"],
+    v: Float[jax.Array, "S J F"],
+    window: int | None,
+    slopes: np.ndarray | None,
 ) -> Float[jax.Array, "S H F"]:
     length, heads, width = q.shape
     shared = k.shape[1]
     q_heads = q.reshape(length, shared, heads // shared, width).transpose(1, 2, 0, 3)
     k_heads, v_heads = k.transpose(1, 0, 2), v.transpose(1, 0, 2)
-    mixed = jax.lax.map(lambda head: _one_head(head[0], head[1], head[2], window), (q_heads, k_heads, v_heads))
+    shared_slopes = None if slopes is None else jnp.asarray(slopes).reshape(shared, heads // shared)
+    mixed = jax.lax.map(
+        lambda head: _one_head(head[0], head[1], head[2], head[3], window), (q_heads, k_heads, v_heads, shared_slopes)
+    )
     return mixed.transpose(2, 0, 1, 3).reshape(q.shape)
 
 
 def _one_head(
-    q: Float[jax.Array, "g S F"], k: Float[jax.Array, "S F"], v: Float[jax.Array, "S F"], window: int | None
+    q: Float[jax.Array, "g S F"],
+    k: Float[jax.Array, "S F"],
+    v: Float[jax.Array, "S F"],
+    slopes: Float[jax.Array, " g"] | None,
+    window: int | None,
 ) -> Float[jax.Array, "g S F"]:
     length = q.shape[1]
     size = max(_CHUNK, -(-length // _MAX_CHUNKS))
@@ -50,19 +81,27 @@ def _one_head(
     for start in range(0, length, size):
         stop = min(start + size, length)
         first = 0 if window is None else max(0, start - window + 1)
-        chunks.append(_chunk(q[:, start:stop], k[first:stop], v[first:stop], start - first, window))
+        chunks.append(_chunk(q[:, start:stop], k[first:stop], v[first:stop], slopes, start - first, window))
     return chunks[0] if len(chunks) == 1 else jnp.concatenate(chunks, axis=1)
 
 
 def _chunk(
-    q: Float[jax.Array, "g C F"], k: Float[jax.Array, "M F"], v: Float[jax.Array, "M F"], ahead: int, window: int | None
+    q: Float[jax.Array, "g C F"],
+    k: Float[jax.Array, "M F"],
+    v: Float[jax.Array, "M F"],
+    slopes: Float[jax.Array, " g"] | None,
+    ahead: int,
+    window: int | None,
 ) -> Float[jax.Array, "g C F"]:
     """Attention of consecutive queries, the first of which stands `ahead` positions behind the first key."""
     group, queries, width = q.shape
     scores = jnp.matmul(q.reshape(-1, width), k.T, preferred_element_type=jnp.float32) * width**-0.5
     distance = jnp.arange(queries)[:, None] + ahead - jnp.arange(k.shape[0])[None, :]
     visible = distance >= 0 if window is None else (distance >= 0) & (distance < window)
-    scores = jnp.where(visible[None], scores.reshape(group, queries, -1), -jnp.inf).reshape(group * queries, -1)
+    scores = scores.reshape(group, queries, -1)
+    if slopes is not None:
+        scores = scores - slopes[:, None, None] * distance[None].astype(jnp.float32)
+    scores = jnp.where(visible[None], scores, -jnp.inf).reshape(group * queries, -1)
     # Every query sees itself, so that its largest score is finite.
     weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
     mixed = jnp.matmul(weights.astype(v.dtype), v, preferred_element_type=jnp.float32)

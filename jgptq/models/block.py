@@ -1,115 +1,112 @@
 """A decoder block as a list of stages: one idea for the forward pass, the calibration and the quantization."""
 
-import dataclasses
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 from flax import nnx
 
-from jgptq.models.attention import causal_attention
 from jgptq.models.config import ModelConfig
-from jgptq.models.layers import Fused, Linear, RMSNorm
-from jgptq.models.rotary import rotary_tables, rotate
+from jgptq.models.layers import Fused, Linear, Norm, make_norm
+from jgptq.models.stages import RESIDUAL, Stage, block_stages, head_stages
+from jgptq.models.sublayers import MLP, Attention
 from jgptq.notation import Float
 
-
-class Carry(NamedTuple):
-    """What flows from stage to stage."""
-
-    residual: Float[jax.Array, "b S D"]  # the residual stream
-    branch: Float[jax.Array, "b S K"] | None = (
-        None  # what the next stage's linears read, where they do not read the stream's norm
-    )
+Carry = Mapping[str, jax.Array]
+"""What flows from stage to stage: named branches `[b, S, K]`, one of which is the residual stream."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """Linears that read the same activations, so that they share one Hessian.
+class Unit(nnx.Module):
+    """What is quantized as one, in stages: its linears share a place in a sink.
 
-    The block's forward pass is `carry = combine(carry, [linear(inputs(carry)) for linear in linears])` over its stages. One that
-    was made for serving (`jgptq.for_serving`) has the linears of a stage in `fused` instead.
+    The forward pass is `carry = unit.run(stage, carry)` over `unit.stages()`, and `run` is
+
+        h = unit.inputs(stage, carry)
+        carry = unit.combine(stage, carry, {path: linear(h) for each linear of the stage})
     """
 
-    names: tuple[str, ...]  # dotted paths of the linears within the block
-    linears: tuple[Linear, ...]  # the linears themselves, in the order of `names`
-    inputs: Callable[[Carry], jax.Array]  # what all of them read, [b, S, K]
-    combine: Callable[[Carry, list[jax.Array]], Carry]  # what follows them
-    adds: bool = False  # whether the output is added to the residual stream of the carry, as it is
-    fused: Fused | None = None  # then `linears` is empty
+    config: ModelConfig
 
-    def __call__(self, carry: Carry) -> Carry:
-        """Runs the stage."""
-        h = self.inputs(carry)
-        return self.combine(carry, [linear(h) for linear in self.linears] if self.fused is None else self.fused(h))
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages in the order of the forward pass; the same for all units of a kind."""
+        raise NotImplementedError
 
+    def linears(self) -> dict[str, Linear]:
+        """Every linear by its path; those that were fused for serving as one, by the name that readers give it."""
+        paths = dict.fromkeys(path for stage in self.stages() for path in (*(f.name for f in stage.fusions), *stage.linears))
+        modules = {path: submodule(self, path) for path in paths}
+        return {path: getattr(module, "linear", module) for path, module in modules.items() if module is not None}
 
-class Attention(nnx.Module):
-    """Projections and norms of grouped-query attention with rotary positions.
+    def norms(self) -> dict[str, Norm]:
+        """Every norm that a stage names, by its path: those of the residual stream and of what is added to it."""
+        paths = dict.fromkeys(path for stage in self.stages() for path in (*stage.through, *stage.norms))
+        modules = {path: submodule(self, path) for path in paths}
+        return {path: module for path, module in modules.items() if isinstance(module, Norm)}
 
-    Args:
-      config: the decoder's switches.
-      window: positions that a query sees, itself included; None for all before it.
-      rngs: source of initial kernels.
-    """
+    def inputs(self, stage: Stage, carry: Carry) -> Float[jax.Array, "b S K"]:
+        """What the linears of a stage read."""
+        h = carry[stage.reads]
+        for path in stage.through:
+            h = submodule(self, path)(h)
+        return h
 
-    def __init__(self, config: ModelConfig, window: int | None, *, rngs: nnx.Rngs):
-        heads, kv, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.q_proj = Linear(config.hidden_size, heads * width, use_bias=config.qkv_bias, rngs=rngs)
-        self.k_proj = Linear(config.hidden_size, kv * width, use_bias=config.qkv_bias, rngs=rngs)
-        self.v_proj = Linear(config.hidden_size, kv * width, use_bias=config.qkv_bias, rngs=rngs)
-        self.o_proj = Linear(heads * width, config.hidden_size, use_bias=config.o_bias, rngs=rngs)
-        self.q_norm = RMSNorm(width, config.rms_norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(width, config.rms_norm_eps) if config.qk_norm else None
-        self.qkv: Fused | None = None
-        self.config = config
-        self.window = window
+    def combine(self, stage: Stage, carry: Carry, outputs: Mapping[str, jax.Array]) -> Carry:
+        """The carry after a stage, from the outputs of its linears by path. A branch ends with the last stage that reads it."""
+        after = dict(carry)
+        later = self.stages()[self.stages().index(stage) + 1 :]
+        if stage.reads != RESIDUAL and all(other.reads != stage.reads for other in later):
+            del after[stage.reads]
+        for step in stage.steps:
+            norm = None if step.norm is None else submodule(self, step.norm)
+            after[step.to] = STEPS[step.name](self, [outputs[path] for path in step.of], carry.get(step.to), norm)
+        return after
 
-    def mix(
-        self, q: Float[jax.Array, "b S N"], k: Float[jax.Array, "b S M"], v: Float[jax.Array, "b S M"]
-    ) -> Float[jax.Array, "b S N"]:
-        """Causal attention over projected queries, keys and values; the heads' outputs side by side."""
-        batch, length = q.shape[:2]
-        q, k, v = (y.reshape(batch, length, -1, self.config.head_dim) for y in (q, k, v))
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        cos, sin = rotary_tables(self.config.rope, self.config.head_dim, length)
-        mixed = causal_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, self.window)
-        return mixed.reshape(batch, length, -1)
-
-
-class MLP(nnx.Module):
-    """Projections of the gated MLP: `down(act(gate(h)) * up(h))`.
-
-    Args:
-      config: the decoder's switches.
-      rngs: source of initial kernels.
-    """
-
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        width, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = Linear(width, inner, use_bias=bias, rngs=rngs)
-        self.up_proj = Linear(width, inner, use_bias=bias, rngs=rngs)
-        self.down_proj = Linear(inner, width, use_bias=bias, rngs=rngs)
-        self.gate_up: Fused | None = None
-        self.hidden_act = config.hidden_act
-
-    def gated(self, gate: Float[jax.Array, "b S K"], up: Float[jax.Array, "b S K"]) -> Float[jax.Array, "b S K"]:
-        """The activation of the gate times the up projection."""
-        return _ACTIVATIONS[self.hidden_act](gate) * up
+    def run(self, stage: Stage, carry: Carry) -> Carry:
+        """The carry after a stage."""
+        h = self.inputs(stage, carry)
+        outputs: dict[str, jax.Array] = {}
+        for fusion in stage.fusions:
+            fused = submodule(self, fusion.name)
+            if isinstance(fused, Fused):
+                outputs |= zip(fusion.linears, fused(h), strict=True)
+        outputs |= {path: submodule(self, path)(h) for path in stage.linears if path not in outputs}
+        return self.combine(stage, carry, outputs)
 
 
-_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "silu": jax.nn.silu,
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
-    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-    "relu": jax.nn.relu,
+def submodule(module: nnx.Module, path: str) -> Any:
+    """The module at a dotted path, or None where there is none."""
+    inner: Any = module
+    for name in path.split("."):
+        inner = getattr(inner, name, None)
+    return inner
+
+
+def _add(unit: Unit, outputs: list[jax.Array], stream: jax.Array, norm: Norm | None) -> jax.Array:
+    added = stream + outputs[0]
+    return added if norm is None else norm(added)
+
+
+STEPS: Mapping[str, Callable[..., jax.Array]] = {
+    "attention": lambda block, outputs, _, norm: block.self_attn.mix(*outputs),
+    "gate": lambda block, outputs, _, norm: block.mlp.activate(outputs[0]) * outputs[1],
+    "activation": lambda block, outputs, _, norm: block.mlp.activate(outputs[0]),
+    "add": _add,
+    "add_normed": lambda unit, outputs, stream, norm: stream + norm(outputs[0]),
+    "keep": lambda unit, outputs, _, norm: outputs[0],
 }
+"""What can follow the linears of a stage: functions of the unit, the outputs of the step's linears, the branch that the result
+replaces, and the step's norm."""
 
 
-class Block(nnx.Module):
-    """One pre-norm decoder block; submodules are named as in Hugging Face checkpoints.
+class Block(Unit):
+    """One decoder block: attention, then an MLP.
+
+    With r the residual stream, the block's form says where the norms of a sublayer f stand:
+
+        pre       r + f(norm(r))
+        parallel  r + attention(norm(r)) + mlp(norm(r)), one norm for both
+        post      norm(r + f(r))
+        output    r + norm(f(r))
 
     Args:
       config: the decoder's switches.
@@ -118,66 +115,40 @@ class Block(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, window: int | None, *, rngs: nnx.Rngs):
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attn_norm = make_norm(config)
         self.self_attn = Attention(config, window, rngs=rngs)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp_norm = None if config.block_form == "parallel" else make_norm(config)
         self.mlp = MLP(config, rngs=rngs)
+        self.config = config
 
     def stages(self) -> tuple[Stage, ...]:
-        """The four stages of a dense block: q/k/v, the attention's output, gate/up, down."""
-        attn, mlp = self.self_attn, self.mlp
-
-        def branch(carry: Carry) -> jax.Array:
-            if carry.branch is None:
-                raise ValueError("this stage reads the branch that the stage before it leaves in the carry")
-            return carry.branch
-
-        def add(carry: Carry, outs: list[jax.Array]) -> Carry:
-            return Carry(carry.residual + outs[0])
-
-        return (
-            Stage(
-                ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-                () if attn.qkv else (attn.q_proj, attn.k_proj, attn.v_proj),
-                lambda carry: self.input_layernorm(carry.residual),
-                lambda carry, outs: Carry(carry.residual, attn.mix(*outs)),
-                fused=attn.qkv,
-            ),
-            Stage(("self_attn.o_proj",), (attn.o_proj,), branch, add, adds=True),
-            Stage(
-                ("mlp.gate_proj", "mlp.up_proj"),
-                () if mlp.gate_up else (mlp.gate_proj, mlp.up_proj),
-                lambda carry: self.post_attention_layernorm(carry.residual),
-                lambda carry, outs: Carry(carry.residual, mlp.gated(*outs)),
-                fused=mlp.gate_up,
-            ),
-            Stage(("mlp.down_proj",), (mlp.down_proj,), branch, add, adds=True),
-        )
+        """The stages of a dense block."""
+        return block_stages(self.config)
 
     def __call__(self, residual: Float[jax.Array, "b S D"]) -> Float[jax.Array, "b S D"]:
         """Runs all stages on a residual stream."""
-        carry = Carry(residual)
+        carry: Carry = {RESIDUAL: residual}
         for stage in self.stages():
-            carry = stage(carry)
-        return carry.residual
+            carry = self.run(stage, carry)
+        return carry[RESIDUAL]
 
 
-class Head(nnx.Module):
-    """What follows the last block, as a block of one stage: the output projection, which reads the norm of the residual stream.
+class Head(Unit):
+    """What follows the last block, as a unit of one stage: the output projection, which reads the norm of the residual stream.
 
     Args:
-      norm: the decoder's last norm.
+      config: the decoder's switches.
+      norm: the decoder's last norm, where it has one.
+      project_out: from the width of the stream to that of token vectors, where they differ.
       lm_head: the output projection.
     """
 
-    def __init__(self, norm: RMSNorm, lm_head: Linear):
+    def __init__(self, config: ModelConfig, norm: Norm | None, project_out: Linear | None, lm_head: Linear):
         self.norm = norm
+        self.project_out = project_out
         self.lm_head = lm_head
+        self.config = config
 
     def stages(self) -> tuple[Stage, ...]:
         """The output projection."""
-        return (Stage(("lm_head",), (self.lm_head,), lambda carry: self.norm(carry.residual), lambda _, outs: Carry(outs[0])),)
-
-
-Unit = Block | Head
-"""What is quantized as one: its linears share a place in a sink."""
+        return head_stages(self.config)

@@ -1,14 +1,17 @@
 """The decoder: an embedding, blocks, a norm and an output projection."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jgptq.models.block import Block
-from jgptq.models.config import ModelConfig
-from jgptq.models.layers import Embedding, Linear, RMSNorm
+from jgptq.errors import CalibrationError
+from jgptq.models.block import Block, Head
+from jgptq.models.config import LearnedPositions, ModelConfig
+from jgptq.models.layers import Embedding, Linear, Norm, make_norm
+from jgptq.models.memory import copy_module
 from jgptq.notation import Float, Int
 from jgptq.settings.run import QuantizeConfig
 
@@ -22,7 +25,7 @@ class Origin:
 
 
 class Decoder(nnx.Module):
-    """A causal language model of the Llama family.
+    """A causal language model; `config` says which of the architectures of `jgptq.models.families`.
 
     Called on int32 tokens `[b, S]` it returns float32 logits `[b, S, V]`. Leaves may be views of a mapped file, of any float
     dtype:
@@ -35,10 +38,16 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, rngs=rngs)
+        width = config.embedding_width or config.hidden_size
+        learned = config.positions if isinstance(config.positions, LearnedPositions) else None
+        rows = 0 if learned is None else learned.max_position_embeddings + learned.offset
+        self.embed_tokens = Embedding(config.vocab_size, width, rngs=rngs)
+        self.embed_positions = Embedding(rows, config.hidden_size, rngs=rngs) if learned else None
+        self.project_in = Linear(width, config.hidden_size, rngs=rngs) if config.projects else None
         self.layers = nnx.List([Block(config, window, rngs=rngs) for window in config.layer_windows])
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, rngs=rngs)
+        self.norm = make_norm(config) if config.has_final_norm else None
+        self.project_out = Linear(config.hidden_size, width, rngs=rngs) if config.projects else None
+        self.lm_head = None if config.tie_word_embeddings else Linear(width, config.vocab_size, rngs=rngs)
         self.origin: Origin | None = None
         self.quantization: QuantizeConfig | None = None
 
@@ -50,15 +59,64 @@ class Decoder(nnx.Module):
         return self.origin.folder
 
     def embed(self, tokens: Int[jax.Array, "b S"]) -> Float[jax.Array, "b S D"]:
-        """The residual stream before the first block."""
-        return self.embed_tokens(tokens, self.config.compute_dtype)
+        """The residual stream before the first block.
+
+        Raises:
+          CalibrationError: more positions than a table of learned ones has.
+        """
+        config, dtype = self.config, self.config.compute_dtype
+        residual = self.embed_tokens(tokens, dtype)
+        if config.embedding_scaled:
+            residual = residual * jnp.asarray(math.sqrt(config.hidden_size), dtype)
+        if self.project_in is not None:
+            residual = self.project_in(residual)
+        if self.embed_positions is not None and isinstance(config.positions, LearnedPositions):
+            length, most = tokens.shape[1], config.positions.max_position_embeddings
+            if length > most:
+                raise CalibrationError(f"expected sequences of at most {most} positions, found {length}; try a smaller seq_len")
+            places = jnp.arange(length)[None, :] + config.positions.offset
+            residual = residual + self.embed_positions(places, dtype)
+        return residual
 
     def logits(self, residual: Float[jax.Array, "b S D"]) -> Float[jax.Array, "b S V"]:
         """Float32 logits from the residual stream after the last block."""
-        h = self.norm(residual)
+        h = residual if self.norm is None else self.norm(residual)
+        if self.project_out is not None:
+            h = self.project_out(h)
         if self.lm_head is None:
             return self.embed_tokens.attend(h)
         return self.lm_head(h).astype(jnp.float32)
+
+    def head(self) -> Head | None:
+        """What follows the last block, as a unit; None where the output projection is tied to the embedding."""
+        return None if self.lm_head is None else Head(self.config, self.norm, self.project_out, self.lm_head)
+
+    def before(self) -> dict[str, nnx.Module]:
+        """The modules before the blocks, by name."""
+        return self._present("embed_tokens", "embed_positions", "project_in")
+
+    def after(self) -> dict[str, nnx.Module]:
+        """The modules after the blocks, by name."""
+        return self._present("norm", "project_out", "lm_head")
+
+    def _present(self, *names: str) -> dict[str, nnx.Module]:
+        return {name: module for name in names if (module := getattr(self, name)) is not None}
+
+    def norms(self) -> dict[str, Norm]:
+        """The norms outside of the blocks, by path."""
+        return {} if self.norm is None else {"norm": self.norm}
+
+    def embedder(self) -> "Decoder":
+        """The part that `embed` needs: a decoder without blocks, last norm and output projection, which shares its leaves."""
+        part = self.without_blocks()
+        part.norm = part.project_out = part.lm_head = None
+        return part
+
+    def without_blocks(self) -> "Decoder":
+        """The part that `embed` and `logits` need: a decoder without blocks, which shares its leaves."""
+        part = copy_module(self)
+        part.layers = nnx.List([])
+        return part
 
     def __call__(self, tokens: Int[jax.Array, "b S"]) -> Float[jax.Array, "b S V"]:
         """Float32 logits of every position."""

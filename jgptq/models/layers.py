@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jgptq.models.config import ModelConfig
 from jgptq.models.packed import PackedTensor, RuntimeTensor
 from jgptq.notation import Float, Int
 
@@ -33,8 +34,7 @@ class Linear(nnx.Module):
             y = jnp.matmul(h, jnp.asarray(kernel, h.dtype), preferred_element_type=jnp.float32).astype(h.dtype)
         if self.bias is None:
             return y
-        bias = jnp.asarray(self.bias.get_value(), h.dtype)
-        return y + bias.reshape((1,) * (y.ndim - 1) + bias.shape)
+        return y + _along_last(self.bias, h.dtype, y.ndim)
 
 
 class Fused(nnx.Module):
@@ -55,23 +55,71 @@ class Fused(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """`scale * h / sqrt(mean(h^2) + eps)`, the mean in float32 (arXiv 1910.07467).
+    """`(offset + scale) * h / sqrt(mean(h^2) + eps)`, the mean in float32 (arXiv 1910.07467).
 
     Args:
       width: D, the size of the last axis.
       eps: added to the mean square.
+      offset: added to the stored scale: 0, or 1 where files hold the scale's distance from one.
     """
 
-    def __init__(self, width: int, eps: float):
-        self.scale = nnx.Param(jnp.ones((width,), jnp.float32))
+    def __init__(self, width: int, eps: float, offset: float = 0.0):
+        self.scale = nnx.Param(jnp.full((width,), 1.0 - offset, jnp.float32))
         self.eps = eps
+        self.offset = offset
 
     def __call__(self, h: Float[jax.Array, "*batch D"]) -> Float[jax.Array, "*batch D"]:
         """The normed activations, in their own dtype."""
         wide = h.astype(jnp.float32)
         normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-        scale = jnp.asarray(self.scale.get_value(), h.dtype)
-        return normed.astype(h.dtype) * scale.reshape((1,) * (h.ndim - 1) + scale.shape)
+        if self.offset:  # then the reference models multiply in float32, and otherwise in the dtype of `h`
+            return (normed * _along_last(self.scale, jnp.float32, h.ndim, self.offset)).astype(h.dtype)
+        return normed.astype(h.dtype) * _along_last(self.scale, h.dtype, h.ndim)
+
+
+class LayerNorm(nnx.Module):
+    """`scale * (h - mean(h)) / sqrt(var(h) + eps) + bias`, in float32 (arXiv 1607.06450).
+
+    Args:
+      width: D, the size of the last axis.
+      eps: added to the variance.
+      affine: whether there is a scale; without one there is no bias.
+      use_bias: whether there is a bias.
+    """
+
+    offset = 0.0
+
+    def __init__(self, width: int, eps: float, *, affine: bool = True, use_bias: bool = True):
+        self.scale = nnx.Param(jnp.ones((width,), jnp.float32)) if affine else None
+        self.bias = nnx.Param(jnp.zeros((width,), jnp.float32)) if affine and use_bias else None
+        self.eps = eps
+
+    def __call__(self, h: Float[jax.Array, "*batch D"]) -> Float[jax.Array, "*batch D"]:
+        """The normed activations, in their own dtype."""
+        wide = h.astype(jnp.float32)
+        centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        normed = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + self.eps)
+        if self.scale is not None:
+            normed = normed * _along_last(self.scale, jnp.float32, h.ndim)
+        if self.bias is not None:
+            normed = normed + _along_last(self.bias, jnp.float32, h.ndim)
+        return normed.astype(h.dtype)
+
+
+Norm = RMSNorm | LayerNorm
+
+
+def make_norm(config: ModelConfig) -> Norm:
+    """A norm of the residual stream, or of what is added to it."""
+    if config.norm == "layer":
+        return LayerNorm(config.hidden_size, config.norm_eps, affine=config.norm_affine, use_bias=config.norm_bias)
+    return RMSNorm(config.hidden_size, config.norm_eps, config.norm_offset)
+
+
+def _along_last(param: nnx.Param, dtype: jnp.dtype, ndim: int, offset: float = 0.0) -> jax.Array:
+    """A vector in a dtype, shaped to broadcast along the last of `ndim` axes."""
+    vector = jnp.asarray(param.get_value(), dtype)
+    return (vector + jnp.asarray(offset, dtype) if offset else vector).reshape((1,) * (ndim - 1) + vector.shape)
 
 
 class Embedding(nnx.Module):

@@ -32,6 +32,7 @@ class RopeConfig:
 
     rope_type: str = "default"  # one of default, linear, dynamic, yarn, longrope, llama3
     rope_theta: float = 10000.0  # base wavelength
+    partial_rotary_factor: float = 1.0  # part of a head's features that is rotated, the first ones
     max_position_embeddings: int = 2048  # positions that the model as a whole accepts
     original_max_position_embeddings: int | None = None  # positions seen before the context was extended
     factor: float | None = None  # how many times longer the context became
@@ -47,15 +48,17 @@ class RopeConfig:
     long_factor: tuple[float, ...] | None = None  # longrope, beyond the original context
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any], head_dim: int) -> "RopeConfig":
+    def from_hf(cls, config: Mapping[str, Any], head_dim: int, partial: float | None = None) -> "RopeConfig":
         """Reads the rotary settings of a Hugging Face config, in the old (`rope_scaling`) or new (`rope_parameters`) form.
 
         Args:
           config: the parsed `config.json`.
           head_dim: features of one attention head, to check the length of per-frequency lists.
+          partial: the default of `partial_rotary_factor`; None where the architecture rotates whole heads always.
 
         Raises:
-          ArchitectureError: an unknown scaling; the message lists those known.
+          ArchitectureError: an unknown scaling (the message lists those known), or heads that are rotated in part where the
+            architecture does not do so.
           CheckpointError: a setting that the scaling needs is missing or has the wrong length.
         """
         # Where a file has both forms, transformers reads the old one.
@@ -64,8 +67,11 @@ class RopeConfig:
         given.pop("type", None)
         if rope_type not in _REQUIRED:
             raise ArchitectureError(f"config.json: rotary scaling {rope_type!r} is not known; known are {', '.join(_REQUIRED)}")
-        if given.pop("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
-            raise ArchitectureError("config.json: partial_rotary_factor other than 1 is not implemented")
+        given.setdefault("partial_rotary_factor", config.get("partial_rotary_factor", 1.0 if partial is None else partial))
+        if partial is None and given["partial_rotary_factor"] != 1.0:
+            raise ArchitectureError(
+                f"config.json: partial_rotary_factor {given['partial_rotary_factor']} (expected 1) is not implemented"
+            )
         maximum = config.get("max_position_embeddings", 2048)
         given.setdefault("rope_theta", config.get("rope_theta", 10000.0))
         if rope_type in ("llama3", "yarn", "longrope"):
@@ -73,15 +79,16 @@ class RopeConfig:
             # Beside the rotary settings, as Phi-3 writes it, it counts before the one among them.
             if config.get("original_max_position_embeddings") is not None:
                 given["original_max_position_embeddings"] = config["original_max_position_embeddings"]
+        rotated = int(head_dim * given["partial_rotary_factor"])
         missing = [key for key in _REQUIRED[rope_type] if given.get(key) is None]
         if missing:
             raise CheckpointError(f"config.json: rotary scaling {rope_type!r} needs {', '.join(missing)}")
         for key in ("short_factor", "long_factor"):
             if given.get(key) is not None:
                 given[key] = tuple(given[key])
-                if len(given[key]) != head_dim // 2:
-                    found = len(given[key])
-                    raise CheckpointError(f"config.json: {key} needs {head_dim // 2} numbers, half of head_dim, found {found}")
+                if len(given[key]) != rotated // 2:
+                    length = len(given[key])
+                    raise CheckpointError(f"config.json: {key} needs {rotated // 2} numbers, half of head_dim, found {length}")
         fields = {field.name for field in dataclasses.fields(cls)}
         kept = {key: value for key, value in given.items() if key in fields and value is not None}
         return cls(rope_type=rope_type, max_position_embeddings=maximum, **kept)
@@ -93,7 +100,9 @@ class RopeConfig:
         return {key: value for key, value in items if key not in skipped and value is not None}
 
 
-def rotary_tables(rope: RopeConfig, head_dim: int, length: int) -> tuple[Float[jax.Array, "S F"], Float[jax.Array, "S F"]]:
+def rotary_tables(
+    rope: RopeConfig, head_dim: int, length: int
+) -> tuple[Float[jax.Array, "S rotated"], Float[jax.Array, "S rotated"]]:
     """The cosines and sines that rotate queries and keys at positions 0..length-1.
 
     Args:
@@ -102,35 +111,40 @@ def rotary_tables(rope: RopeConfig, head_dim: int, length: int) -> tuple[Float[j
       length: S, positions; dynamic NTK and LongRoPE choose their frequencies by it.
 
     Returns:
-      Two float32 arrays `[S, F]`, multiplied by the attention factor; the second half of F repeats the first.
+      Two float32 arrays `[S, partial_rotary_factor * F]` over the features that are rotated, multiplied by the attention factor;
+      the second half of them repeats the first.
     """
-    inverse, factor = _inverse_frequencies(rope, head_dim, length)
+    inverse, factor = _inverse_frequencies(rope, int(head_dim * rope.partial_rotary_factor), length)
     angles = jnp.arange(length, dtype=jnp.float32)[:, None] * jnp.asarray(inverse, jnp.float32)[None, :]
     angles = jnp.concatenate([angles, angles], axis=-1)
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
 def rotate(
-    x: Float[jax.Array, "b S H F"], cos: Float[jax.Array, "S F"], sin: Float[jax.Array, "S F"]
+    x: Float[jax.Array, "b S H F"], cos: Float[jax.Array, "S rotated"], sin: Float[jax.Array, "S rotated"]
 ) -> Float[jax.Array, "b S H F"]:
-    """Rotates pairs (f, f + F/2) of features by the tables' angles, in the dtype of `x` as the reference models do."""
-    half = x.shape[-1] // 2
+    """Rotates pairs (f, f + F/2) of features by the tables' angles, in the dtype of `x` as the reference models do; of heads that
+    are rotated in part, the first features."""
+    width = cos.shape[-1]
+    if width < x.shape[-1]:
+        return jnp.concatenate([rotate(x[..., :width], cos, sin), x[..., width:]], axis=-1)
+    half = width // 2
     turned = jnp.concatenate([-x[..., half:], x[..., :half]], axis=-1)
     shape = (1, x.shape[1], 1, x.shape[3])
     return x * cos.astype(x.dtype).reshape(shape) + turned * sin.astype(x.dtype).reshape(shape)
 
 
-def _inverse_frequencies(rope: RopeConfig, head_dim: int, length: int) -> tuple[np.ndarray, float]:
-    """Inverse frequencies `[F/2]` in float64 and the factor on cos and sin."""
-    exponents = np.arange(0, head_dim, 2) / head_dim
+def _inverse_frequencies(rope: RopeConfig, width: int, length: int) -> tuple[np.ndarray, float]:
+    """Inverse frequencies `[width/2]` in float64 and the factor on cos and sin."""
+    exponents = np.arange(0, width, 2) / width
     base = rope.rope_theta
     if rope.rope_type == "linear":
         return base**-exponents / _number(rope.factor), 1.0
     if rope.rope_type == "dynamic":
         stretch = _number(rope.factor) * max(length, rope.max_position_embeddings) / rope.max_position_embeddings
-        base *= (stretch - (_number(rope.factor) - 1)) ** (head_dim / (head_dim - 2))
+        base *= (stretch - (_number(rope.factor) - 1)) ** (width / (width - 2))
     if rope.rope_type == "yarn":
-        return _yarn(rope, head_dim, base**-exponents)
+        return _yarn(rope, width, base**-exponents)
     if rope.rope_type == "longrope":
         original = _number(rope.original_max_position_embeddings)
         divisors = rope.long_factor if length > original else rope.short_factor
@@ -142,13 +156,13 @@ def _inverse_frequencies(rope: RopeConfig, head_dim: int, length: int) -> tuple[
     return base**-exponents, 1.0
 
 
-def _yarn(rope: RopeConfig, head_dim: int, inverse: np.ndarray) -> tuple[np.ndarray, float]:
+def _yarn(rope: RopeConfig, width: int, inverse: np.ndarray) -> tuple[np.ndarray, float]:
     """Interpolates slow frequencies, keeps fast ones, and ramps between: YaRN section 3.2, attention factor section 3.4."""
     original = _number(rope.original_max_position_embeddings)
     factor = rope.factor if rope.factor is not None else rope.max_position_embeddings / original
 
     def dimension(rotations: float) -> float:
-        return head_dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(rope.rope_theta))
+        return width * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(rope.rope_theta))
 
     def attention(mscale: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
@@ -156,9 +170,9 @@ def _yarn(rope: RopeConfig, head_dim: int, inverse: np.ndarray) -> tuple[np.ndar
     low, high = dimension(rope.beta_fast or 32), dimension(rope.beta_slow or 1)
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, head_dim - 1)
+    low, high = max(low, 0), min(high, width - 1)
     span = high - low if high != low else 0.001
-    interpolated = np.clip((np.arange(head_dim // 2) - low) / span, 0, 1)
+    interpolated = np.clip((np.arange(width // 2) - low) / span, 0, 1)
     mixed = inverse / factor * interpolated + inverse * (1 - interpolated)
     if rope.attention_factor is not None:
         return mixed, rope.attention_factor

@@ -10,7 +10,7 @@ import numpy as np
 
 from jgptq.data.tokens import check_tokens
 from jgptq.errors import CalibrationError, ConfigError
-from jgptq.models import Carry, Decoder, Unit
+from jgptq.models import RESIDUAL, Carry, Decoder, Unit
 from jgptq.models.memory import to_device
 from jgptq.notation import Array
 from jgptq.solver.drift import StageSums, accumulate_drift, empty_drift
@@ -66,12 +66,12 @@ def embed(params: Decoder, batches: Sequence[np.ndarray], *, reference: bool) ->
     """Every batch before the first block, where the quantized and the float stream are still the same."""
     if not batches:
         return []
-    table = to_device(params.embed_tokens)
-    carries = [Carry(_embed(table, jnp.asarray(tokens), params.config.compute_dtype)) for tokens in batches]
+    embedder = to_device(params.embedder())
+    carries = [{RESIDUAL: _embed(embedder, jnp.asarray(tokens))} for tokens in batches]
     return [Batch(carry, carry if reference else None) for carry in carries]
 
 
-_embed = jax.jit(lambda module, tokens, dtype: module(tokens, dtype), static_argnums=2)
+_embed = jax.jit(lambda embedder, tokens: embedder.embed(tokens))
 
 
 def observe(work: Unit, reference: Unit, batches: Sequence[Batch], stage: int, *, drift: bool) -> StageSums:
@@ -79,7 +79,7 @@ def observe(work: Unit, reference: Unit, batches: Sequence[Batch], stage: int, *
 
     Args:
       work: the block that is quantized, on the device.
-      reference: the float block, likewise.
+      reference: the float block, on the device.
       batches: as they enter the stage.
       stage: which of the block's stages.
       drift: whether the stage's solve looks at the float model.
@@ -97,7 +97,7 @@ def advance(
 
     Args:
       work: the block, on the device, with the kernels that the stage goes on with.
-      reference: the float block, likewise.
+      reference: the float block, on the device.
       batches: as they enter the stage; as they leave it, afterwards.
       stage: which of the block's stages.
       observe_next: whether to sum what the next stage reads, as `observe` would, on the way.
@@ -114,17 +114,18 @@ def advance(
 
 def _empty(work: Unit, batches: Sequence[Batch], number: int, drift: bool) -> StageSums:
     stage = work.stages()[number]
-    k = stage.linears[0].kernel.get_value().shape[0]
-    width = batches[0].carry.residual.shape[-1] if stage.adds else None
+    k = work.linears()[stage.linears[0]].kernel.get_value().shape[0]
+    width = batches[0].carry[RESIDUAL].shape[-1] if stage.adds else None
     return StageSums(empty(k), empty_drift(k, width) if drift else None)
 
 
-def _accumulate(work: Unit, reference: Unit, batch: Batch, total: StageSums, stage: int) -> StageSums:
-    h = work.stages()[stage].inputs(batch.carry)
+def _accumulate(work: Unit, reference: Unit, batch: Batch, total: StageSums, number: int) -> StageSums:
+    stage = work.stages()[number]
+    h = work.inputs(stage, batch.carry)
     drift = total.drift
     if drift is not None and batch.reference is not None:
-        h_float = reference.stages()[stage].inputs(batch.reference)
-        lost = batch.reference.residual.astype(jnp.float32) - batch.carry.residual.astype(jnp.float32)
+        h_float = reference.inputs(stage, batch.reference)
+        lost = batch.reference[RESIDUAL].astype(jnp.float32) - batch.carry[RESIDUAL].astype(jnp.float32)
         drift = accumulate_drift(drift, h, h_float, lost)
     return StageSums(accumulate(total.hessian, h), drift)
 
@@ -136,7 +137,7 @@ def _observe(work: Unit, reference: Unit, batch: Batch, total: StageSums, *, sta
 
 @functools.partial(jax.jit, static_argnames="stage", donate_argnames="total")
 def _advance(work: Unit, reference: Unit, batch: Batch, total: StageSums | None, *, stage: int) -> tuple[Batch, StageSums | None]:
-    carry = work.stages()[stage](batch.carry)
-    beside = None if batch.reference is None else reference.stages()[stage](batch.reference)
-    batch = Batch(carry, beside)
+    this = work.stages()[stage]
+    carry = work.run(this, batch.carry)
+    batch = Batch(carry, None if batch.reference is None else reference.run(this, batch.reference))
     return batch, None if total is None else _accumulate(work, reference, batch, total, stage + 1)

@@ -9,7 +9,7 @@ import dataclasses
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,15 +17,16 @@ import numpy as np
 from flax import nnx
 
 from jgptq.errors import ConfigError, NumericalError, RuleWarning
-from jgptq.models import Decoder, Head, Stage, Unit
-from jgptq.models.memory import to_device
+from jgptq.models import RESIDUAL, Block, Decoder, Head, Linear, Unit, checkpoint_name
+from jgptq.models.memory import copy_module, to_device
 from jgptq.models.packed import PackedTensor
 from jgptq.notation import Array, Int
 from jgptq.run.batches import Batch, advance, cut_batches, embed, observe
 from jgptq.run.lapack import lapack_threads
 from jgptq.run.plan import StagePlan, idle_rules, packed_widths, plan_decoder, unit_prefix, units
 from jgptq.run.progress import Progress
-from jgptq.run.report import KEPT_FLOAT, LinearReport, Report
+from jgptq.run.report import KEPT_FLOAT, LinearReport, Report, ReportRows
+from jgptq.run.sink import MemorySink, Sink
 from jgptq.run.tiles import PreparedStage, SolvedLinear, SolvedStage, prepare_stage, solve_stage, tile_columns
 from jgptq.run.tune import Lesson, tune
 from jgptq.settings.presets import make_config
@@ -33,35 +34,6 @@ from jgptq.settings.run import QuantizeConfig
 from jgptq.settings.solver import SolverConfig
 from jgptq.solver import Outcome
 from jgptq.solver.drift import StageSums
-
-Rows = tuple[LinearReport, ...]
-
-
-class Sink(Protocol):
-    """Where finished blocks go, and where a repeated run finds them. The head, where it is quantized, follows the last block."""
-
-    def done(self) -> Mapping[int, tuple[Unit, Rows]]:
-        """The blocks that are already there, with their report rows."""
-        ...
-
-    def write(self, index: int, block: Unit, rows: Rows) -> None:
-        """Takes a finished block."""
-        ...
-
-
-class MemorySink:
-    """Keeps finished blocks in host memory."""
-
-    def __init__(self) -> None:
-        self._blocks: dict[int, tuple[Unit, Rows]] = {}
-
-    def done(self) -> Mapping[int, tuple[Unit, Rows]]:
-        """The blocks written so far."""
-        return self._blocks
-
-    def write(self, index: int, block: Unit, rows: Rows) -> None:
-        """Keeps a block, its leaves moved to host memory."""
-        self._blocks[index] = (jax.tree.map(np.asarray, block), rows)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,7 +61,7 @@ def quantize(
     layers before it are quantized already (GPTQ, Frantar et al. 2022, with true-sequential inputs).
 
     Args:
-      params: the decoder; leaves may be views of a mapped file, a block is read when its turn comes.
+      params: the decoder; leaves may be views of a mapped file, a block is read when it is quantized.
       calib: int32 token ids `[samples, seq_len]`; may be None for method "rtn", whose losses are then not measured.
       config: the settings as one object, instead of keywords.
       batch_size: samples that are run at once; by default about 4096 tokens' worth, 1024 on a CPU.
@@ -109,9 +81,9 @@ def quantize(
     if config is not None and settings:
         raise ConfigError(f"give config, or the settings {', '.join(settings)}, and not both")
     config = make_config(settings) if config is None else config
-    plans = plan_decoder(params, config)
     if params.quantization is not None:
         raise ConfigError("the decoder is quantized already; start from the float checkpoint")
+    plans = plan_decoder(params, config)
     for sentence in idle_rules(params, config):
         warnings.warn(sentence, RuleWarning, stacklevel=2)
     columns = {key: tile_columns(widths) for key, widths in packed_widths(params, config, plans).items()}
@@ -119,11 +91,10 @@ def quantize(
     sink = MemorySink() if sink is None else sink
     started = time.monotonic()
     finished = sink.done()
-    for name, module in (("embed_tokens", params.embed_tokens), ("norm", params.norm), ("lm_head", params.lm_head)):
-        if module is not None:
-            _check_finite(name, to_device(module))
-    beside = config.tune > 0 or any(used.asymmetric for _, used in columns)
-    moving = embed(params, batches, reference=beside)
+    for name, module in (params.before() | params.after()).items():
+        _check_finite(name, to_device(module))
+    follows = config.tune > 0 or any(used.asymmetric for _, used in columns)
+    moving = embed(params, batches, reference=follows)
     run = _Run(dtype=params.config.compute_dtype, columns=columns, allow_rtn_fallback=config.allow_rtn_fallback)
     with Progress(sum(len(plan) for plan in plans), progress) as bar:
         for index, (block, plan) in enumerate(zip(units(params, config), plans, strict=True)):
@@ -139,7 +110,7 @@ def quantize(
     blocks = [finished[index] for index in range(len(plans))]
     quantized, tuning = _assemble(params, [block for block, _ in blocks], config), None
     if config.tune:
-        streams = [batch.reference.residual for batch in moving if batch.reference is not None]
+        streams = [batch.reference[RESIDUAL] for batch in moving if batch.reference is not None]
         lessons = [Lesson(*pair) for pair in zip(batches, streams, strict=True)]
         quantized, tuning = tune(quantized, params, lessons, config.tune)
     rows = tuple(row for _, rows in blocks for row in rows)
@@ -156,7 +127,7 @@ def _need_of_tokens(config: QuantizeConfig, used: Sequence[SolverConfig]) -> str
 
 def _quantize_block(
     index: int, block: Unit, plan: Sequence[StagePlan], batches: list[Batch], last: bool, run: _Run, bar: Progress
-) -> tuple[Unit, Rows]:
+) -> tuple[Unit, ReportRows]:
     """Quantizes one block and moves the batches through it; returns it packed, with its report rows."""
     work = to_device(block)
     reference = _reference(work, batches)
@@ -167,20 +138,24 @@ def _quantize_block(
     measured = _measured(plan, batches)
     total = observe(work, reference, batches, 0, drift=plan[0].config.asymmetric) if measured[0] else None
     for number, (stage, decision) in enumerate(zip(work.stages(), plan, strict=True)):
-        bar.describe(f"{prefix}{' '.join(name.rpartition('.')[2] for name in stage.names)}")
+        linears = {path: linear for path, linear in work.linears().items() if path in stage.linears}
+        names = [_shown(work, prefix + path) for path in linears]
+        bar.describe(f"{prefix}{' '.join(name.rpartition('.')[2] for name in names)}")
         if decision.kept_float is not None:
-            rows += [
-                _kept_row(prefix + name, linear, decision.kept_float)
-                for name, linear in zip(stage.names, stage.linears, strict=True)
-            ]
+            rows += [_kept_row(name, linear, decision.kept_float) for name, linear in zip(names, linears.values(), strict=True)]
         else:
-            solved, stage_rows = _solve_stage(prefix, stage, total, decision.config, run)
+            solved, stage_rows = _solve_stage(names, linears, total, decision.config, run)
             rows += stage_rows
             packed |= solved
         if not (last and number == len(plan) - 1):
             total = _advance(work, reference, plan, batches, number)
         bar.advance()
     return _with_kernels(block, packed), tuple(rows)
+
+
+def _shown(unit: Unit, path: str) -> str:
+    """What reports and errors call the linear at a path in the decoder: its name in the checkpoint without `model.`."""
+    return checkpoint_name(path, unit.config.model_type).removeprefix("model.")
 
 
 def _advance(work: Unit, reference: Unit, plan: Sequence[StagePlan], batches: list[Batch], number: int) -> StageSums | None:
@@ -192,8 +167,12 @@ def _advance(work: Unit, reference: Unit, plan: Sequence[StagePlan], batches: li
 def _reference(work: Unit, batches: Sequence[Batch]) -> Unit:
     """The float block: another view of the same arrays, whose kernels stay when those of `work` are replaced. Where nothing
     follows the float model, `work` itself stands in for it."""
-    beside = any(batch.reference is not None for batch in batches)
-    return jax.tree.map(lambda leaf: leaf, work) if beside else work
+    return copy_module(work) if _follows(batches) else work
+
+
+def _follows(batches: Sequence[Batch]) -> bool:
+    """Whether the float model's activations move along with the quantized one's."""
+    return any(batch.reference is not None for batch in batches)
 
 
 def _measured(plan: Sequence[StagePlan], batches: Sequence[Batch]) -> list[bool]:
@@ -207,36 +186,37 @@ _finite = jax.jit(lambda leaves: [jnp.all(jnp.isfinite(leaf)) for leaf in leaves
 def _check_finite(path: str, module: nnx.Module) -> None:
     """Raises an error that names every leaf of a module that holds NaN or infinity."""
     named = jax.tree_util.tree_flatten_with_path(module)[0]
-    found = _finite([leaf for _, leaf in named])
-    bad = [f"{path}{jax.tree_util.keystr(keys[:-1])}" for (keys, _), finite in zip(named, found, strict=True) if not bool(finite)]
+    flags = _finite([leaf for _, leaf in named])
+    bad = [f"{path}{jax.tree_util.keystr(keys[:-1])}" for (keys, _), finite in zip(named, flags, strict=True) if not bool(finite)]
     if bad:
         raise NumericalError(f"{', '.join(bad)}: {Outcome.NONFINITE_WEIGHTS.message}")
 
 
 def _solve_stage(
-    prefix: str, stage: Stage, total: StageSums | None, config: SolverConfig, run: _Run
+    names: Sequence[str], linears: Mapping[str, Linear], total: StageSums | None, config: SolverConfig, run: _Run
 ) -> tuple[dict[str, PackedTensor], list[LinearReport]]:
     """Solves the linears of a stage, and puts their expanded kernels into the block that the stage is of."""
     started = time.monotonic()
     tokens = 0 if total is None else int(total.hessian.tokens)
-    with lapack_threads(stage.linears[0].kernel.get_value().shape[0]):
+    k = next(iter(linears.values())).kernel.get_value().shape[0]
+    with lapack_threads(k):
         prepared = None if total is None else prepare_stage(total, config)
-        solved, note = _solve_checked(prefix, stage, prepared, config, run)
+        solved, note = _solve_checked(names, list(linears.values()), prepared, config, run)
     seconds = time.monotonic() - started
     width = sum(result.packed.shape[1] for result in solved.linears)
     packed, rows = {}, []
-    for name, linear, result, kernel in zip(stage.names, stage.linears, solved.linears, solved.kernels, strict=True):
-        packed[name] = result.packed
+    for (path, linear), name, result, kernel in zip(linears.items(), names, solved.linears, solved.kernels, strict=True):
+        packed[path] = result.packed
         linear.kernel.set_value(kernel)
-        rows.append(_row(prefix + name, solved, result, note, tokens, seconds * result.packed.shape[1] / width))
+        rows.append(_row(name, solved, result, note, tokens, seconds * result.packed.shape[1] / width))
     return packed, rows
 
 
 def _solve_checked(
-    prefix: str, stage: Stage, prepared: PreparedStage | None, config: SolverConfig, run: _Run
+    names: Sequence[str], linears: Sequence[Linear], prepared: PreparedStage | None, config: SolverConfig, run: _Run
 ) -> tuple[SolvedStage, str]:
     """A usable solution and what there is to say of it; a failed solve is an error, unless the caller allowed rounding."""
-    kernels = tuple(jnp.asarray(linear.kernel.get_value()) for linear in stage.linears)
+    kernels = tuple(jnp.asarray(linear.kernel.get_value()) for linear in linears)
     columns = run.columns[kernels[0].shape[0], config]
 
     def solve(used: SolverConfig) -> SolvedStage:
@@ -249,7 +229,6 @@ def _solve_checked(
     rescuable = outcome in (Outcome.ZERO_HESSIAN, Outcome.NOT_FACTORED)
     if rescuable and run.allow_rtn_fallback:
         return solve(dataclasses.replace(config, method="rtn")), outcome.message
-    names = [prefix + name for name in stage.names]
     hint = " To round such linears and go on, pass allow_rtn_fallback=True (--allow-rtn-fallback)." if rescuable else ""
     raise NumericalError(f"{', '.join(names)}: {outcome.message}{hint}")
 
@@ -278,7 +257,7 @@ def _row(name: str, stage: SolvedStage, result: SolvedLinear, note: str, tokens:
     )
 
 
-def _kept_row(name: str, linear: Any, reason: str) -> LinearReport:
+def _kept_row(name: str, linear: Linear, reason: str) -> LinearReport:
     k, n = linear.kernel.get_value().shape
     return LinearReport(name=name, k=k, n=n, outcome=KEPT_FLOAT, note=f"Stays float: {reason}.")
 
@@ -288,13 +267,11 @@ def _pass_through(block: Unit, original: Unit, plan: Sequence[StagePlan], batche
     if not batches:
         return
     work = to_device(block)
-    for stage in work.stages():
-        for linear in stage.linears:
-            kernel = linear.kernel.get_value()
-            if isinstance(kernel, PackedTensor):
-                linear.kernel.set_value(kernel.dequantize().astype(dtype))
-    beside = any(batch.reference is not None for batch in batches)
-    reference = to_device(original) if beside else work
+    for linear in work.linears().values():
+        kernel = linear.kernel.get_value()
+        if isinstance(kernel, PackedTensor):
+            linear.kernel.set_value(kernel.dequantize().astype(dtype))
+    reference = to_device(original) if _follows(batches) else work
     for number in range(len(plan)):
         # The sums are not needed, but the program is: another one might round otherwise, and the files would differ.
         _advance(work, reference, plan, batches, number)
@@ -302,19 +279,18 @@ def _pass_through(block: Unit, original: Unit, plan: Sequence[StagePlan], batche
 
 def _with_kernels(block: Unit, packed: Mapping[str, PackedTensor]) -> Unit:
     """The block with some kernels replaced; every other leaf is shared with it."""
-    copy = jax.tree.map(lambda leaf: leaf, block)
-    for stage in copy.stages():
-        for name, linear in zip(stage.names, stage.linears, strict=True):
-            if name in packed:
-                linear.kernel = nnx.Param(packed[name])
+    copy = copy_module(block)
+    for path, linear in copy.linears().items():
+        if path in packed:
+            linear.kernel = nnx.Param(packed[path])
     return copy
 
 
 def _assemble(params: Decoder, blocks: Sequence[Unit], config: QuantizeConfig) -> Decoder:
     """A decoder with these blocks, and head, and the other leaves of `params`."""
-    decoder = jax.tree.map(lambda leaf: leaf, params)
-    decoder.layers = nnx.List(blocks[: len(params.layers)])
-    for head in blocks[len(params.layers) :]:
-        decoder.lm_head = head.lm_head if isinstance(head, Head) else decoder.lm_head
+    decoder = copy_module(params)
+    decoder.layers = nnx.List([unit for unit in blocks if isinstance(unit, Block)])
+    for unit in blocks:
+        decoder.lm_head = unit.lm_head if isinstance(unit, Head) else decoder.lm_head
     decoder.quantization = config
     return decoder

@@ -1,10 +1,10 @@
 """Which linears of a decoder a run packs and how, which stay float and why, decided from shapes alone before anything is read."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from jgptq.errors import ConfigError
-from jgptq.models import Decoder, Head, Stage, Unit
+from jgptq.models import Decoder, Fusion, Head, Linear, Stage, Unit, checkpoint_name
 from jgptq.settings.rules import first_match, resolve, without_effect
 from jgptq.settings.run import QuantizeConfig
 from jgptq.settings.sizes import fitting_group_sizes, group_rows, packable
@@ -31,12 +31,12 @@ def units(params: Decoder, config: QuantizeConfig) -> list[Unit]:
     """
     if not config.lm_head:
         return list(params.layers)
-    if params.lm_head is None:
+    if (head := params.head()) is None:
         message = (
             "lm_head=True (--lm-head): this model's output projection is its embedding (tie_word_embeddings), which stays float"
         )
         raise ConfigError(f"{message}; untie them in the checkpoint first, or leave the head out")
-    return [*params.layers, Head(params.norm, params.lm_head)]
+    return [*params.layers, head]
 
 
 def unit_prefix(unit: Unit, index: int) -> str:
@@ -63,8 +63,8 @@ def plan_decoder(params: Decoder, config: QuantizeConfig) -> list[Plan]:
     if not any(decision.kept_float is None for plan in plans for decision in plan):
         raise ConfigError(f"no linear can be packed: {plans[0][0].kept_float if plans else 'the decoder has no blocks'}")
     sizes: dict[int, dict[int, str]] = {}
-    for path, stage, decision in _packed_stages(parts, plans):
-        sizes.setdefault(decision.config.group_size, {}).setdefault(_features(stage), path)
+    for path, linears, decision in _packed_stages(parts, plans):
+        sizes.setdefault(decision.config.group_size, {}).setdefault(_features(linears), path)
     problems = []
     for group_size, paths in sizes.items():
         if unfit := [f"{path} has K={k}" for k, path in paths.items() if k % group_rows(k, group_size)]:
@@ -82,12 +82,12 @@ def settings_by_path(params: Decoder, config: QuantizeConfig) -> dict[str, Solve
     Raises:
       ConfigError: as `plan_decoder`.
     """
-    found: dict[str, SolverConfig | None] = {}
+    settings: dict[str, SolverConfig | None] = {}
     for index, (unit, plan) in enumerate(zip(units(params, config), plan_decoder(params, config), strict=True)):
         for decision in plan:
-            settings = decision.config if decision.kept_float is None else None
-            found |= {unit_prefix(unit, index) + name: settings for name in decision.names}
-    return found
+            used = decision.config if decision.kept_float is None else None
+            settings |= {unit_prefix(unit, index) + name: used for name in decision.names}
+    return settings
 
 
 def idle_rules(params: Decoder, config: QuantizeConfig) -> list[str]:
@@ -95,46 +95,53 @@ def idle_rules(params: Decoder, config: QuantizeConfig) -> list[str]:
     parts = enumerate(units(params, config))
     return without_effect(
         config,
-        [full_name(unit_prefix(unit, index) + name) for index, unit in parts for stage in unit.stages() for name in stage.names],
+        [
+            checkpoint_name(unit_prefix(unit, index) + path, unit.config.model_type)
+            for index, unit in parts
+            for path in unit.linears()
+        ],
     )
 
 
 def packed_widths(params: Decoder, config: QuantizeConfig, plans: Sequence[Plan]) -> dict[tuple[int, SolverConfig], list[int]]:
     """The out-features of every stage that is packed, all its linears together, by the in-features that it reads and settings."""
     widths: dict[tuple[int, SolverConfig], list[int]] = {}
-    for _, stage, decision in _packed_stages(units(params, config), plans):
-        total = sum(linear.kernel.get_value().shape[1] for linear in stage.linears)
-        widths.setdefault((_features(stage), decision.config), []).append(total)
+    for _, linears, decision in _packed_stages(units(params, config), plans):
+        total = sum(linear.kernel.get_value().shape[1] for linear in linears)
+        widths.setdefault((_features(linears), decision.config), []).append(total)
     return widths
 
 
-def full_name(path: str) -> str:
-    """The name in the checkpoint, which rules see, of the linear at a path in the decoder: the same for all architectures."""
-    return path if path == "lm_head" else f"model.{path}"
-
-
 def _plan_unit(unit: Unit, prefix: str, config: QuantizeConfig) -> Plan:
-    """Decides stage by stage: the linears of a stage are fused when served, so one that cannot be packed keeps all float."""
-    return tuple(_plan_stage(stage, prefix, config) for stage in unit.stages())
+    """Decides stage by stage: one solve serves all linears of a stage, so one that cannot be packed keeps all float."""
+    linears = unit.linears()
+    return tuple(_plan_stage(stage, linears, prefix, unit.config.model_type, config) for stage in unit.stages())
 
 
-def _plan_stage(stage: Stage, prefix: str, config: QuantizeConfig) -> StagePlan:
-    full = [full_name(prefix + name) for name in stage.names]
-    settings = {name: resolve(config, name) for name in full}
+def _plan_stage(stage: Stage, linears: Mapping[str, Linear], prefix: str, architecture: str, config: QuantizeConfig) -> StagePlan:
+    full = {path: checkpoint_name(prefix + path, architecture) for path in stage.linears}
+    settings = {path: resolve(config, name) for path, name in full.items()}
     agreed, *others = set(settings.values())
     if others:
-        each = "; ".join(f"{name}: {_described(config, name)}" for name in full)
-        why = "they read the same activations, so one solve serves them all, and readers fuse them into one matrix"
-        raise ConfigError(f"the rules give {', '.join(stage.names)} different settings, and {why}; give them the same: {each}")
+        each = "; ".join(f"{name}: {_described(config, name)}" for name in full.values())
+        why = _why_agree(stage.fusions, settings)
+        raise ConfigError(f"the rules give {', '.join(stage.linears)} different settings, and {why}; give them the same: {each}")
     if agreed is None:
-        rule = first_match(config.rules, full[0])
-        return StagePlan(stage.names, f"skipped by rule {rule.pattern if rule else ''!r}", config.with_rule(None))
+        rule = first_match(config.rules, full[stage.linears[0]])
+        return StagePlan(stage.linears, f"skipped by rule {rule.pattern if rule else ''!r}", config.with_rule(None))
     reasons = {}
-    for name, linear in zip(stage.names, stage.linears, strict=True):
-        if reason := packable(*linear.kernel.get_value().shape):
-            reasons[name] = reason
-    kept = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-    return StagePlan(stage.names, kept or None, agreed)
+    for path in stage.linears:
+        if reason := packable(*linears[path].kernel.get_value().shape):
+            reasons[path] = reason
+    kept = "; ".join(f"{path}: {reason}" for path, reason in reasons.items())
+    return StagePlan(stage.linears, kept or None, agreed)
+
+
+def _why_agree(fusions: Sequence[Fusion], settings: Mapping[str, SolverConfig | None]) -> str:
+    """Why linears of a stage that have different settings cannot have them."""
+    shared = "they read the same activations, so one solve serves them all"
+    parted = [fusion for fusion in fusions if len({settings[path] for path in fusion.linears}) > 1]
+    return f"{shared}, and readers fuse them into one matrix" if parted else shared
 
 
 def _described(config: QuantizeConfig, name: str) -> str:
@@ -146,14 +153,15 @@ def _described(config: QuantizeConfig, name: str) -> str:
     return f"{'skipped' if rule.skip else changes} by rule {rule.pattern!r}"
 
 
-def _packed_stages(parts: Sequence[Unit], plans: Sequence[Plan]) -> Iterator[tuple[str, Stage, StagePlan]]:
-    """The stages that are packed: the path of the first linear, the stage, and its plan."""
+def _packed_stages(parts: Sequence[Unit], plans: Sequence[Plan]) -> Iterator[tuple[str, list[Linear], StagePlan]]:
+    """The stages that are packed: the path of the first linear, the linears, and the stage's plan."""
     for index, (unit, plan) in enumerate(zip(parts, plans, strict=True)):
-        for stage, decision in zip(unit.stages(), plan, strict=True):
+        linears = unit.linears()
+        for decision in plan:
             if decision.kept_float is None:
-                yield unit_prefix(unit, index) + stage.names[0], stage, decision
+                yield unit_prefix(unit, index) + decision.names[0], [linears[path] for path in decision.names], decision
 
 
-def _features(stage: Stage) -> int:
-    """K, the features that the stage's linears read."""
-    return stage.linears[0].kernel.get_value().shape[0]
+def _features(linears: Sequence[Linear]) -> int:
+    """K, the features that the linears of a stage read."""
+    return linears[0].kernel.get_value().shape[0]

@@ -12,7 +12,7 @@ from jgptq.settings.run import QuantizeConfig
 class LinearReport:
     """One linear of the decoder."""
 
-    name: str  # dotted path, as in the checkpoint without its "model." prefix
+    name: str  # its name in the checkpoint without the "model." prefix
     k: int  # in-features
     n: int  # out-features
     outcome: str  # name of an `Outcome`, or KEPT_FLOAT
@@ -31,6 +31,9 @@ class LinearReport:
 
 
 KEPT_FLOAT = "KEPT_FLOAT"
+
+ReportRows = tuple[LinearReport, ...]
+"""The rows of a block, in the order of its stages."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

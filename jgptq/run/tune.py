@@ -3,7 +3,7 @@
 After the last block, scales and norms are all that is left to move without another byte in the file or another operation when it
 is served. They are moved to where the quantized model says what the float model says: for the calibration tokens, the mean
 Kullback-Leibler divergence of its next-token distribution from the float one's. Training scales end to end is the second phase of
-EfficientQAT (arXiv 2407.11062); here the float model's last residual stream, which the shift of targets carries along anyhow, is
+EfficientQAT (arXiv 2407.11062); here the float model's last residual stream, which the shift of targets carries along too, is
 the teacher.
 
 Backpropagation goes block by block: only the residual streams between blocks are kept, and one program serves all blocks of a
@@ -12,7 +12,7 @@ shape, forwards, and one backwards.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,9 +21,8 @@ import numpy as np
 import optax
 from flax import nnx
 
-from jgptq.models import Block, Decoder
-from jgptq.models.layers import RMSNorm
-from jgptq.models.memory import to_device
+from jgptq.models import Block, Decoder, Linear, Norm
+from jgptq.models.memory import copy_module, to_device
 from jgptq.models.packed import PackedTensor
 from jgptq.notation import Array, Float, Int
 from jgptq.run.report import TuningReport
@@ -41,7 +40,7 @@ Factors = dict[str, jax.Array]
 """Factors of scales `[G, N]` and of norms `[D]`, by their path; all begin as ones."""
 
 
-Trained = tuple[list[Factors], jax.Array]
+Trained = tuple[list[Factors], Factors]
 """Factors of the blocks, and of the last norm."""
 
 
@@ -57,7 +56,7 @@ def tune(params: Decoder, original: Decoder, lessons: Sequence[Lesson], passes: 
 
     Every sixteenth lesson is held out. Of the whole way, half and a quarter of it the point is taken whose divergence on those
     is least, so that a rate that is too high for one model costs little; where none is below that of the start, the model is
-    returned as it came.
+    returned unchanged.
 
     Args:
       params: the quantized decoder.
@@ -69,10 +68,10 @@ def tune(params: Decoder, original: Decoder, lessons: Sequence[Lesson], passes: 
     Returns:
       The decoder, whose codes and other leaves are those of `params`, and what happened.
     """
-    model, teacher = to_device(params), to_device(_head(original))
+    model, teacher = to_device(params), to_device(original.without_blocks())
     held_out, lessons = _split(lessons)
-    blocks = [_factors_of(block) for block in model.layers]
-    norm = jnp.ones_like(model.norm.scale.get_value(), jnp.float32)
+    blocks = [_factors_of(block.norms(), block.linears()) for block in model.layers]
+    norm = _factors_of(model.norms(), {})
     before = _divergence(model, teacher, blocks, norm, held_out)
     schedule = _schedule(lessons, max(1, round(passes * (len(lessons) + len(held_out)))))
     optimizer = optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, len(schedule)), b2=0.99)
@@ -109,32 +108,45 @@ def _schedule(lessons: Sequence[Lesson], wanted: int) -> list[list[Lesson]]:
     return [[lessons[index] for index in order[start : start + size]] for start in range(0, needed, size)]
 
 
-def _norms(block: Block) -> dict[str, RMSNorm]:
-    return {"input_layernorm": block.input_layernorm, "post_attention_layernorm": block.post_attention_layernorm}
-
-
-def _factors_of(block: Block) -> Factors:
-    """Ones, for every scale and norm of a block."""
-    factors = {name: jnp.ones_like(norm.scale.get_value(), jnp.float32) for name, norm in _norms(block).items()}
-    for stage in block.stages():
-        for name, linear in zip(stage.names, stage.linears, strict=True):
-            kernel = linear.kernel.get_value()
-            if isinstance(kernel, PackedTensor):
-                factors[name] = jnp.ones(kernel.scales.shape, jnp.float32)
+def _factors_of(norms: Mapping[str, Norm], linears: Mapping[str, Linear]) -> Factors:
+    """Ones, for every scale of norms and of packed linears."""
+    factors = {path: jnp.ones_like(norm.scale.get_value(), jnp.float32) for path, norm in norms.items() if norm.scale is not None}
+    for path, linear in linears.items():
+        kernel = linear.kernel.get_value()
+        if isinstance(kernel, PackedTensor):
+            factors[path] = jnp.ones(kernel.scales.shape, jnp.float32)
     return factors
+
+
+def _multiply(
+    norms: Mapping[str, Norm], linears: Mapping[str, Linear], factors: Factors, times: Callable[[Array, jax.Array, float], Any]
+) -> None:
+    """Multiplies scales in place by `times(scale, factor, offset)`: what acts is the offset plus the stored scale."""
+    for path, norm in norms.items():
+        if norm.scale is not None:
+            norm.scale.set_value(times(norm.scale.get_value(), factors[path], norm.offset))
+    for path, linear in linears.items():
+        kernel = linear.kernel.get_value()
+        if isinstance(kernel, PackedTensor):
+            linear.kernel = nnx.Param(dataclasses.replace(kernel, scales=times(kernel.scales, factors[path], 0.0)))
+
+
+def _traced(leaf: Array, factor: jax.Array, offset: float) -> jax.Array:
+    """The product in float32."""
+    scale = jnp.asarray(leaf).astype(jnp.float32)
+    return (scale + offset) * factor - offset if offset else scale * factor
+
+
+def _rounded(leaf: Array, factor: jax.Array, offset: float) -> np.ndarray:
+    """The product in float32, rounded to the dtype that the leaf has; in host memory."""
+    scale, by = np.asarray(leaf, np.float32), np.asarray(factor)
+    return ((scale + offset) * by - offset if offset else scale * by).astype(leaf.dtype)
 
 
 def _with_factors(block: Block, factors: Factors) -> Block:
     """The block with its scales and norms multiplied, in float32."""
-    copy = jax.tree.map(lambda leaf: leaf, block)
-    for name, norm in _norms(copy).items():
-        norm.scale.set_value(jnp.asarray(norm.scale.get_value(), jnp.float32) * factors[name])
-    for stage in copy.stages():
-        for name, linear in zip(stage.names, stage.linears, strict=True):
-            kernel = linear.kernel.get_value()
-            if isinstance(kernel, PackedTensor):
-                scales = jnp.asarray(kernel.scales).astype(jnp.float32) * factors[name]
-                linear.kernel = nnx.Param(dataclasses.replace(kernel, scales=scales))
+    copy = copy_module(block)
+    _multiply(copy.norms(), copy.linears(), factors, _traced)
     return copy
 
 
@@ -150,24 +162,17 @@ def _backward(block: Block, factors: Factors, residual: jax.Array, pull: jax.Arr
     return transpose(pull)
 
 
-def _distance(head: Decoder, factor: jax.Array, residual: jax.Array, teacher: Decoder, wanted: jax.Array) -> jax.Array:
+def _distance(head: Decoder, factors: Factors, residual: jax.Array, teacher: Decoder, wanted: jax.Array) -> jax.Array:
     """The mean divergence of predictions from the float model's, which its residual stream gives."""
     target = jax.nn.log_softmax(teacher.logits(wanted))
-    tuned = jax.tree.map(lambda leaf: leaf, head)
-    tuned.norm.scale.set_value(jnp.asarray(tuned.norm.scale.get_value(), jnp.float32) * factor)
-    found = jax.nn.log_softmax(tuned.logits(residual))
-    return jnp.mean(jnp.sum(jnp.exp(target) * (target - found), axis=-1))
+    tuned = copy_module(head)
+    _multiply(tuned.norms(), {}, factors, _traced)
+    predicted = jax.nn.log_softmax(tuned.logits(residual))
+    return jnp.mean(jnp.sum(jnp.exp(target) * (target - predicted), axis=-1))
 
 
 _measure_distance = jax.jit(_distance)
 _pull_distance = jax.jit(jax.grad(_distance, argnums=(1, 2)))
-
-
-def _head(model: Decoder) -> Decoder:
-    """The decoder less its blocks."""
-    head = jax.tree.map(lambda leaf: leaf, model)
-    head.layers = nnx.List([])
-    return head
 
 
 _embed = jax.jit(lambda head, tokens: head.embed(tokens))
@@ -181,9 +186,9 @@ def _streams(model: Decoder, head: Decoder, blocks: Sequence[Factors], lesson: L
     return streams
 
 
-def _gradient(model: Decoder, teacher: Decoder, blocks: list[Factors], norm: jax.Array, lessons: Sequence[Lesson]) -> Trained:
+def _gradient(model: Decoder, teacher: Decoder, blocks: list[Factors], norm: Factors, lessons: Sequence[Lesson]) -> Trained:
     """The gradient of the mean divergence over lessons."""
-    head = _head(model)
+    head = model.without_blocks()
     total: Trained | None = None
     for lesson in lessons:
         streams = _streams(model, head, blocks, lesson)
@@ -192,8 +197,8 @@ def _gradient(model: Decoder, teacher: Decoder, blocks: list[Factors], norm: jax
         for block, factors, stream in zip(model.layers[::-1], blocks[::-1], streams[-2::-1], strict=True):
             of_block, pull = _backward(block, factors, stream, pull)
             of_blocks.append(of_block)
-        found = (of_blocks[::-1], of_norm)
-        total = found if total is None else _add(total, found)
+        of_lesson = (of_blocks[::-1], of_norm)
+        total = of_lesson if total is None else _add(total, of_lesson)
     if total is None:
         raise ValueError("a step needs at least one lesson")
     return total
@@ -215,34 +220,19 @@ def _update(
         return optax.apply_updates(trained, updates), state
 
 
-def _divergence(model: Decoder, teacher: Decoder, blocks: Sequence[Factors], norm: jax.Array, lessons: Sequence[Lesson]) -> float:
-    head = _head(model)
-    found = [
+def _divergence(model: Decoder, teacher: Decoder, blocks: Sequence[Factors], norm: Factors, lessons: Sequence[Lesson]) -> float:
+    head = model.without_blocks()
+    divergences = [
         float(_measure_distance(head, norm, _streams(model, head, blocks, lesson)[-1], teacher, lesson.residual))
         for lesson in lessons
     ]
-    return float(np.mean(found))
+    return float(np.mean(divergences))
 
 
-def _applied(params: Decoder, blocks: Sequence[Factors], norm: jax.Array) -> Decoder:
-    """The decoder with its scales and norms multiplied, each rounded to the dtype that it came in; in host memory."""
-    decoder = jax.tree.map(lambda leaf: leaf, params)
-    decoder.norm.scale.set_value(_multiplied(decoder.norm.scale.get_value(), norm))
-    tuned = []
-    for block, factors in zip(params.layers, blocks, strict=True):
-        copy = jax.tree.map(lambda leaf: leaf, block)
-        for name, module in _norms(copy).items():
-            module.scale.set_value(_multiplied(module.scale.get_value(), factors[name]))
-        for stage in copy.stages():
-            for name, linear in zip(stage.names, stage.linears, strict=True):
-                kernel = linear.kernel.get_value()
-                if isinstance(kernel, PackedTensor):
-                    scales = _multiplied(kernel.scales, factors[name])
-                    linear.kernel = nnx.Param(dataclasses.replace(kernel, scales=scales))
-        tuned.append(copy)
-    decoder.layers = nnx.List(tuned)
+def _applied(params: Decoder, blocks: Sequence[Factors], norm: Factors) -> Decoder:
+    """The decoder with its scales and norms multiplied, each rounded to the dtype that it had; in host memory."""
+    decoder = copy_module(params)
+    _multiply(decoder.norms(), {}, norm, _rounded)
+    for block, factors in zip(decoder.layers, blocks, strict=True):
+        _multiply(block.norms(), block.linears(), factors, _rounded)
     return decoder
-
-
-def _multiplied(leaf: Array, factor: jax.Array) -> Any:
-    return (np.asarray(leaf, np.float32) * np.asarray(factor)).astype(leaf.dtype)

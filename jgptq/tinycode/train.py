@@ -33,8 +33,8 @@ CONFIG = ModelConfig(
     num_attention_heads=4,
     num_key_value_heads=2,
     head_dim=64,
-    rms_norm_eps=1e-5,
-    rope=RopeConfig(max_position_embeddings=SEQ_LEN),
+    norm_eps=1e-5,
+    positions=RopeConfig(max_position_embeddings=SEQ_LEN),
     tie_word_embeddings=True,
     layer_windows=(None,) * 4,
 )

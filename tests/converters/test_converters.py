@@ -26,7 +26,9 @@ FAMILIES = [
     {"qkv_bias": True, "o_bias": True, "mlp_bias": True},
     {"model_type": "mistral", "layer_windows": (8, 8)},
     {"model_type": "qwen2", "qkv_bias": True},
-    {"model_type": "qwen3", "qk_norm": True},
+    {"model_type": "qwen3", "qk_norm": "head"},
+    tiny.OPT,
+    tiny.OPT_350M,
 ]
 
 
@@ -44,7 +46,7 @@ def test_float_folder_reads_back_as_it_was_written(tmp_path: Path, changes: dict
     ("bits", "sym", "file_format"),
     [(4, True, "gptq"), (4, True, "gptq_v2"), (3, False, "gptq_v2"), (2, True, "gptq"), (8, False, "gptq_v2")],
 )
-@pytest.mark.parametrize("changes", FAMILIES[:3])
+@pytest.mark.parametrize("changes", [*FAMILIES[:3], tiny.OPT_350M])
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_quantized_folder_reads_back_as_it_was_written(tmp_path: Path, changes: dict, bits: int, sym: bool, file_format):
     quantized, _ = jgptq.quantize(tiny.decoder(**changes), method="rtn", bits=bits, sym=sym, group_size=32)
@@ -58,11 +60,11 @@ def test_files_are_what_the_format_says(tmp_path: Path):
     for file_format, word in (("gptq", 0x77777777), ("gptq_v2", 0x88888888)):
         tensors = safetensors.numpy.load_file(save_hf(quantized, tmp_path / file_format, format=file_format) / SINGLE)
         name = "model.layers.0.mlp.down_proj"
-        found = {
+        parts = {
             part: (tensors[f"{name}.{part}"].dtype.name, tensors[f"{name}.{part}"].shape)
             for part in ("qweight", "qzeros", "scales", "g_idx")
         }
-        assert found == {
+        assert parts == {
             "qweight": ("int32", (12, 64)),
             "qzeros": ("int32", (3, 8)),
             "scales": ("float16", (3, 64)),
@@ -125,7 +127,7 @@ def test_keys_of_the_config_that_are_not_modelled_survive(tmp_path: Path, folder
 
 def test_kept_linears_are_skipped_by_anchored_rules_that_also_match_fused_names():
     kept = [f"layers.{i}.mlp.{n}_proj" for i in (0, 1) for n in ("gate", "up")] + ["layers.1.mlp.down_proj"]
-    rules = dynamic_rules(QuantizeConfig(), dict.fromkeys(kept), 2)
+    rules = dynamic_rules(QuantizeConfig(), dict.fromkeys(kept), tiny.config())
     patterns = [re.compile(rule.removeprefix("-:")) for rule in rules]
     assert all(rule.startswith("-:^") and value == {} for rule, value in rules.items())
 
@@ -138,7 +140,32 @@ def test_kept_linears_are_skipped_by_anchored_rules_that_also_match_fused_names(
     assert not skipped("model.layers.0.mlp.down_proj")
     assert not skipped("model.layers.1.mlp.down_proj_extra")
     assert not skipped("model.layers.0.self_attn.q_proj")
-    assert "dynamic" not in quantization_config(QuantizeConfig(), "gptq", {}, 2)
+    assert "dynamic" not in quantization_config(QuantizeConfig(), "gptq", {}, tiny.config())
+
+
+@pytest.mark.filterwarnings("ignore:transformers reads no rules")
+def test_an_opt_is_written_under_its_own_names(tmp_path: Path):
+    """Rules and tensors, and the rules that readers are given."""
+    rules = {r"+:model\.decoder\.layers\.0\.fc2$": {"bits": 8}, r"-:.*layers\.\d\.self_attn\.(q|k|v)_proj": {}}
+    quantized, report = jgptq.quantize(tiny.decoder(**tiny.OPT), tiny.tokens(), preset="fast", group_size=32, rules=rules)
+    assert [row.name for row in report.rows][3:6] == [
+        "decoder.layers.0.self_attn.out_proj",
+        "decoder.layers.0.fc1",
+        "decoder.layers.0.fc2",
+    ]
+    out = save_hf(quantized, tmp_path / "out")
+    tensors = safetensors.numpy.load_file(out / SINGLE)
+    assert tensors["model.decoder.layers.0.fc2.qweight"].shape == (96 * 8 // 32, 64)
+    assert tensors["model.decoder.layers.1.fc2.qweight"].shape == (96 * 4 // 32, 64)
+    assert "model.decoder.layers.1.self_attn.out_proj.qweight" in tensors
+    dynamic = json.loads((out / "config.json").read_text())["quantization_config"]["dynamic"]
+    names = [rf"model.decoder.layers.{index}.self_attn.{kind}_proj" for index in (0, 1) for kind in ("q", "k", "v", "qkv")]
+    for name in [*names, "model.decoder.layers.0.fc2"]:
+        matching = [(key[:2], value) for key, value in dynamic.items() if re.match(key[2:], name)]
+        assert matching[0] == (("+:", {"bits": 8}) if name.endswith("fc2") else ("-:", {}))
+        assert all(rule == matching[0] for rule in matching)
+    for name in ("model.decoder.layers.1.fc2", "model.layers.0.self_attn.q_proj", "model.decoder.layers.0.self_attn.out_proj"):
+        assert not any(re.match(key[2:], name) for key in dynamic)
 
 
 @pytest.mark.parametrize(
@@ -152,8 +179,8 @@ def test_kept_linears_are_skipped_by_anchored_rules_that_also_match_fused_names(
     ],
 )
 def test_settings_that_a_reader_refuses_are_warned_of_by_its_name(settings: dict, readers: list[str]):
-    found = reader_warnings(QuantizeConfig(**settings), "gptq")
-    assert [warning.split()[0] for warning in found] == readers
+    sentences = reader_warnings(QuantizeConfig(**settings), "gptq")
+    assert [warning.split()[0] for warning in sentences] == readers
     assert reader_warnings(QuantizeConfig(**settings), "float") == []
 
 

@@ -15,6 +15,7 @@ from converters import load_hf
 from jgptq.errors import CalibrationError, NumericalError
 from jgptq.evaluate.perplexity import score
 from jgptq.models import Decoder
+from jgptq.models.memory import copy_module
 
 DATA = Path("../shared/data/stories260k")
 
@@ -89,11 +90,10 @@ def test_logits_that_are_nan_are_an_error():
 
 def test_a_packed_decoder_scores_as_its_expanded_kernels_do():
     quantized, _ = jgptq.quantize(tiny.decoder(dtype=jnp.float32), tiny.tokens(), group_size=32)
-    expanded = jax.tree.map(lambda leaf: leaf, quantized)
+    expanded = copy_module(quantized)
     for block in expanded.layers:
-        for stage in block.stages():
-            for linear in stage.linears:
-                linear.kernel.set_value(linear.kernel.get_value().dequantize())
+        for linear in block.linears().values():
+            linear.kernel.set_value(linear.kernel.get_value().dequantize())
     stream = tiny.tokens(1, 200, seed=5)[0]
     assert jgptq.perplexity(quantized, stream, 16) == pytest.approx(jgptq.perplexity(expanded, stream, 16), rel=1e-6)
 

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models
 import jgptq
 from converters import load_hf, save_hf
 from jgptq import tinycode
-from jgptq.models import Decoder
+from jgptq.models import Decoder, checkpoint_name
 from jgptq.models.packed import PackedTensor
 from jgptq.tinycode.corpus import stdlib_documents
 
@@ -28,15 +28,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:vLLM refuses")
 
 
 def packed_kernels(decoder: Decoder) -> dict[str, PackedTensor]:
-    found = {
-        f"model.layers.{index}.{name}": linear.kernel.get_value()
+    kernels = {
+        checkpoint_name(f"layers.{index}.{path}", decoder.config.model_type): linear.kernel.get_value()
         for index, block in enumerate(decoder.layers)
-        for stage in block.stages()
-        for name, linear in zip(stage.names, stage.linears, strict=True)
+        for path, linear in block.linears().items()
     }
     if decoder.lm_head is not None:
-        found["lm_head"] = decoder.lm_head.kernel.get_value()
-    return {name: kernel for name, kernel in found.items() if isinstance(kernel, PackedTensor)}
+        kernels["lm_head"] = decoder.lm_head.kernel.get_value()
+    return {name: kernel for name, kernel in kernels.items() if isinstance(kernel, PackedTensor)}
 
 
 def check(folder: Path, tokens: np.ndarray, scratch: Path) -> None:
@@ -90,6 +89,23 @@ def test_gptqmodel_reads_mixed_settings(tmp_path: Path, lm_head: bool, max_shard
     quantized, _ = jgptq.quantize(tiny.decoder(), tiny.tokens(), preset="fast", group_size=32, rules=MIXED, lm_head=lm_head)
     assert sorted(kernel.bits for kernel in packed_kernels(quantized).values()) == [2, 2, 2, 4, 4, 4, 8, 8] + [8] * lm_head
     check(save_hf(quantized, tmp_path / "out", max_shard_size=max_shard_size), tiny.tokens(2), tmp_path)
+
+
+FC2 = {r"+:model\.decoder\.layers\.\d+\.fc2$": {"bits": 8}, r"-:.*layers\.1\.fc1": {}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "settings"),
+    [(tiny.OPT, {"preset": "fast"}), (tiny.OPT_350M, {"preset": "balanced", "rules": FC2})],
+    ids=["pre-norm", "as-the-350m"],
+)
+@pytest.mark.filterwarnings("ignore:transformers reads no rules")
+def test_gptqmodel_reads_an_opt(tmp_path: Path, changes: dict, settings: dict):
+    quantized, _ = jgptq.quantize(tiny.decoder(**changes), tiny.tokens(), group_size=32, **settings)
+    names = packed_kernels(quantized)
+    assert "model.decoder.layers.0.self_attn.out_proj" in names
+    assert ("model.decoder.layers.1.fc1" in names) == ("rules" not in settings)
+    check(save_hf(quantized, tmp_path / "out"), tiny.tokens(2), tmp_path)
 
 
 def test_gptqmodel_reads_the_embedded_model(tmp_path: Path):

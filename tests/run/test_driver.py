@@ -15,7 +15,7 @@ import jgptq
 from converters import FolderSink, load_hf, save_hf
 from converters.shards import ShardWriter
 from jgptq.errors import CalibrationError, ConfigError, NumericalError, OutputError
-from jgptq.models import Block, Carry
+from jgptq.models import RESIDUAL, Block
 from jgptq.models.packed import PackedTensor
 from jgptq.solver import solve
 from jgptq.solver.hessian import accumulate, empty, hessian
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:vLLM refuses 3-bit")
 
 
 def linears(block: Block) -> dict:
-    return {name: linear for stage in block.stages() for name, linear in zip(stage.names, stage.linears, strict=True)}
+    return block.linears()
 
 
 def same_leaves(left, right) -> bool:
@@ -35,20 +35,32 @@ def same_leaves(left, right) -> bool:
     return all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in pairs)
 
 
-def test_every_linear_is_solved_on_what_the_quantized_layers_before_it_produce():
+FORMS = [{}, tiny.OPT, tiny.OPT_350M, {"block_form": "parallel"}, {"block_form": "output", "qk_norm": "width"}]
+
+
+@pytest.mark.parametrize("changes", FORMS, ids=["llama", "opt", "opt-350m", "parallel", "output"])
+def test_every_linear_is_solved_on_what_the_quantized_layers_before_it_produce(changes: dict):
     """A forward pass by hand, layer by layer over all samples at once, gives the driver's codes."""
-    params, calib = tiny.decoder(), tiny.tokens()
+    params, calib = tiny.decoder(**changes), tiny.tokens()
     quantized, _ = jgptq.quantize(params, calib, preset="fast", **SETTINGS)
-    carry = Carry(params.embed(jnp.asarray(calib)))
+    carry = {RESIDUAL: params.embed(jnp.asarray(calib))}
     for block, packed in zip(params.layers, quantized.layers, strict=True):
-        for stage, done in zip(block.stages(), packed.stages(), strict=True):
-            h_kk = hessian(accumulate(empty(stage.inputs(carry).shape[-1]), stage.inputs(carry)))
-            for linear, other in zip(stage.linears, done.linears, strict=True):
-                w_kn = jnp.asarray(linear.kernel.get_value(), jnp.float32)
+        for stage in block.stages():
+            h = block.inputs(stage, carry)
+            h_kk = hessian(accumulate(empty(h.shape[-1]), h))
+            for path in stage.linears:
+                w_kn = jnp.asarray(block.linears()[path].kernel.get_value(), jnp.float32)
                 expected = solve(w_kn, h_kk, jgptq.QuantizeConfig(**SETTINGS)).dequantize()
-                found = other.kernel.get_value().dequantize()
-                assert np.mean(np.abs(np.asarray(found - expected)) > 1e-5) < 0.02
-            carry = done.combine(carry, [linear(stage.inputs(carry)) for linear in done.linears])
+                solved = packed.linears()[path].kernel.get_value().dequantize()
+                assert np.mean(np.abs(np.asarray(solved - expected)) > 1e-5) < 0.02
+            carry = packed.combine(stage, carry, {path: packed.linears()[path](h) for path in stage.linears})
+
+
+def test_a_decoder_that_is_served_or_quantized_is_refused_before_anything_else():
+    quantized, _ = jgptq.quantize(tiny.decoder(), method="rtn", bits=4, group_size=32)
+    for params in (quantized, jgptq.for_serving(quantized)):
+        with pytest.raises(ConfigError, match="the decoder is quantized already; start from the float checkpoint"):
+            jgptq.quantize(params, None, rules={"+:.*k_proj": {"bits": 8}}, lm_head=True)
 
 
 def test_report_has_a_row_per_linear_with_losses_below_rtn():
@@ -63,7 +75,7 @@ def test_report_has_a_row_per_linear_with_losses_below_rtn():
     assert report.worse_than_rtn == ()
 
 
-@pytest.mark.parametrize("changes", [{"tie_word_embeddings": True}, {"qkv_bias": True, "mlp_bias": True}, {"qk_norm": True}])
+@pytest.mark.parametrize("changes", [{"tie_word_embeddings": True}, {"qkv_bias": True, "mlp_bias": True}, {"qk_norm": "head"}])
 def test_only_kernels_of_blocks_change(changes: dict):
     params = tiny.decoder(**changes)
     quantized, _ = jgptq.quantize(params, tiny.tokens(), **SETTINGS)
@@ -185,7 +197,7 @@ def test_weights_that_are_not_finite_are_named(value: float):
 
 def test_activations_that_are_not_finite_are_named_where_they_are_read():
     params = tiny.decoder()
-    scale = params.layers[1].post_attention_layernorm.scale
+    scale = params.layers[1].mlp_norm.scale
     scale.set_value(jnp.full(scale.get_value().shape, 3e38, jnp.float32))  # finite, and overflows what it multiplies
     with pytest.raises(NumericalError, match=r"layers\.1\.mlp\.gate_proj, layers\.1\.mlp\.up_proj: The activations hold NaN"):
         jgptq.quantize(params, tiny.tokens(), **SETTINGS)
@@ -193,7 +205,7 @@ def test_activations_that_are_not_finite_are_named_where_they_are_read():
 
 def test_a_linear_without_input_is_an_error_unless_rounding_is_allowed():
     params = tiny.decoder()
-    scale = params.layers[0].post_attention_layernorm.scale
+    scale = params.layers[0].mlp_norm.scale
     scale.set_value(jnp.zeros_like(scale.get_value()))
     with pytest.raises(NumericalError, match=r"(?s)layers\.0\.mlp\.gate_proj.*The Hessian is zero.*allow_rtn_fallback"):
         jgptq.quantize(params, tiny.tokens(), **SETTINGS)
@@ -252,10 +264,11 @@ def test_a_run_stopped_while_tuning_finds_what_was_not_tuned_yet(tmp_path: Path,
     whole.finish(*jgptq.quantize(params, calib, config=settings, sink=whole))
 
     class StoppedInFinish(FolderSink):
-        def _is_written(self, path: str, name: str) -> bool:
-            if path == "norm":  # every block is in its place, tuned
-                raise Stopped
-            return super()._is_written(path, name)
+        def _encoded(self, parts, params):
+            for path, name, array in super()._encoded(parts, params):
+                if path == "norm":  # every block is in its place, tuned
+                    raise Stopped
+                yield path, name, array
 
     stopping = StoppedInFinish(tmp_path / "resumed", params, settings, calib)
     with pytest.raises(Stopped):
@@ -332,7 +345,7 @@ def test_a_disk_that_fills_during_a_run_keeps_the_finished_blocks(tmp_path: Path
     sink = FolderSink(tmp_path / "out", checkpoint, settings, calib)
     with monkeypatch.context() as patch:
         patch.setattr(ShardWriter, "_write_at", full)
-        with pytest.raises(OutputError, match=r"No space left on device.*goes on behind the blocks"):
+        with pytest.raises(OutputError, match=r"No space left on device.*resumes after the last finished block"):
             jgptq.quantize(checkpoint, calib, config=settings, sink=sink)
     again = FolderSink(tmp_path / "out", checkpoint, settings, calib)
     assert list(again.done()) == [0]

@@ -17,7 +17,7 @@ import jgptq
 from converters import FolderSink, load_hf, save_hf
 from converters.quantization import check_format, quantization_config, reader_warnings
 from jgptq.errors import CalibrationError, CheckpointError, ConfigError, OutputError
-from jgptq.models import Carry, Head
+from jgptq.models import RESIDUAL
 from jgptq.models.packed import PackedTensor
 from jgptq.settings.rule import Rule
 from jgptq.settings.rules import rules_from_dynamic, stored_rules
@@ -62,14 +62,15 @@ def test_every_linear_is_solved_with_its_own_settings_on_what_it_really_reads(mi
     """A forward pass by hand over all samples at once gives the driver's weights, those of the head included."""
     params, (quantized, report) = tiny.decoder(), mixed
     rows = {row.name: row for row in report.rows}
-    carry = Carry(params.embed(jnp.asarray(tiny.tokens())))
-    units = [*params.layers, Head(params.norm, params.lm_head)]
-    packed = [*quantized.layers, Head(quantized.norm, quantized.lm_head)]
+    carry = {RESIDUAL: params.embed(jnp.asarray(tiny.tokens()))}
+    units, packed = [*params.layers, params.head()], [*quantized.layers, quantized.head()]
     for index, (unit, done) in enumerate(zip(units, packed, strict=True)):
-        for stage, after in zip(unit.stages(), done.stages(), strict=True):
-            h = stage.inputs(carry)
+        assert unit.stages() == done.stages()
+        for stage in unit.stages():
+            h = unit.inputs(stage, carry)
             h_kk = hessian(accumulate(empty(h.shape[-1]), h))
-            for name, linear, other in zip(stage.names, stage.linears, after.linears, strict=True):
+            for name in stage.linears:
+                linear, other = unit.linears()[name], done.linears()[name]
                 row = rows[name if name == "lm_head" else f"layers.{index}.{name}"]
                 kernel, found = linear.kernel.get_value(), other.kernel.get_value()
                 if index == 1 and name in KINDS[0]:
@@ -82,7 +83,7 @@ def test_every_linear_is_solved_with_its_own_settings_on_what_it_really_reads(mi
                 assert row.tokens == 24 * 16
                 expected = solve(kernel.astype(jnp.float32), h_kk, config).dequantize()
                 assert np.mean(np.abs(np.asarray(found.dequantize() - expected)) > 1e-5) < 0.02
-            carry = after.combine(carry, [linear(h) for linear in after.linears])
+            carry = done.combine(stage, carry, {name: done.linears()[name](h) for name in stage.linears})
     assert len(report.rows) == 15
 
 
@@ -97,7 +98,7 @@ def test_the_quantized_head_serves_the_logits(mixed):
 
 def static_parts(decoder) -> list[tuple[int, int] | None]:
     """Bits and group size of every linear, in order; None for float."""
-    linears = [linear for block in decoder.layers for stage in block.stages() for linear in stage.linears]
+    linears = [linear for block in decoder.layers for linear in block.linears().values()]
     kernels = [linear.kernel.get_value() for linear in (*linears, decoder.lm_head)]
     return [(kernel.bits, kernel.group_size) if isinstance(kernel, PackedTensor) else None for kernel in kernels]
 
@@ -222,7 +223,7 @@ def test_what_is_written_means_the_same_to_every_reader(blocks: list[tuple], hea
         for names, chosen in zip(KINDS, block, strict=True)
         for name in names
     } | {"lm_head": head}
-    written = quantization_config(QuantizeConfig(), "gptq_v2", linears, len(blocks))
+    written = quantization_config(QuantizeConfig(), "gptq_v2", linears, tiny.config(num_hidden_layers=len(blocks)))
     base = {name: written[name] for name in ("bits", "group_size", "sym")}
     assert written["lm_head"] == (head is not None)
     for path, chosen in linears.items():

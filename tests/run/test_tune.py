@@ -31,8 +31,7 @@ def kernels(model: Decoder) -> dict[str, PackedTensor]:
     return {
         f"{index}.{name}": linear.kernel.get_value()
         for index, block in enumerate(model.layers)
-        for stage in block.stages()
-        for name, linear in zip(stage.names, stage.linears, strict=True)
+        for name, linear in block.linears().items()
         if isinstance(linear.kernel.get_value(), PackedTensor)
     }
 
@@ -141,20 +140,20 @@ def test_a_tuning_that_does_not_help_changes_nothing(original, rounded, lessons,
 
 def test_the_gradient_block_by_block_is_that_of_the_whole_forward_pass(original, rounded, lessons):
     model = jax.tree.map(jnp.asarray, rounded)
-    teacher = TUNE._head(jax.tree.map(jnp.asarray, original))
+    teacher = jax.tree.map(jnp.asarray, original).without_blocks()
     random = np.random.default_rng(0)
 
     def near_one(leaf: jax.Array) -> jax.Array:
         return jnp.asarray(1 + 0.05 * random.normal(size=leaf.shape), jnp.float32)
 
-    blocks = jax.tree.map(near_one, [TUNE._factors_of(block) for block in model.layers])
-    norm = near_one(model.norm.scale.get_value())
+    blocks = jax.tree.map(near_one, [TUNE._factors_of(block.norms(), block.linears()) for block in model.layers])
+    norm = {"norm": near_one(model.norm.scale.get_value())}
 
-    def loss(blocks: list, norm: jax.Array, tokens: jax.Array, wanted: jax.Array) -> jax.Array:
+    def loss(blocks: list, norm: dict, tokens: jax.Array, wanted: jax.Array) -> jax.Array:
         residual = model.embed(tokens)
         for block, factors in zip(model.layers, blocks, strict=True):
             residual = TUNE._with_factors(block, factors)(residual)
-        return TUNE._distance(TUNE._head(model), norm, residual, teacher, wanted)
+        return TUNE._distance(model.without_blocks(), norm, residual, teacher, wanted)
 
     whole = jax.jit(jax.grad(loss, argnums=(0, 1)))
     parts = [whole(blocks, norm, jnp.asarray(lesson.tokens), lesson.residual) for lesson in lessons[:2]]

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -30,7 +31,7 @@ configs = st.builds(
 
 @given(configs)
 def test_the_settings_of_a_run_come_back_from_its_files(config: QuantizeConfig):
-    stored = json.loads(json.dumps(quantization_config(config, "gptq_v2", {}, 2)))
+    stored = json.loads(json.dumps(quantization_config(config, "gptq_v2", {}, tiny.config())))
     assert read_settings(stored) == config
 
 

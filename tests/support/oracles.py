@@ -210,3 +210,20 @@ def best_grid(
 def output_loss(dw_kn: np.ndarray, h_kk: np.ndarray) -> float:
     """tr(dW^T H dW)."""
     return float(np.trace(dw_kn.T @ h_kk @ dw_kn))
+
+
+def alibi_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, window: int | None) -> np.ndarray:
+    """Causal attention `[b, S, H F]` with a linear penalty on distance, one query of one head at a time."""
+    samples, length, heads, width = q.shape
+    power = 2 ** int(np.log2(heads))
+    slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
+    slopes += [2 ** (-4 * (2 * i + 1) / power) for i in range(heads - power)]
+    mixed = np.zeros(q.shape)
+    for b, head, i in np.ndindex(samples, heads, length):
+        shared = head * k.shape[2] // heads
+        first = 0 if window is None else max(0, i - window + 1)
+        seen = np.arange(first, i + 1)
+        scores = k[b, seen, shared].astype(np.float64) @ q[b, i, head] / np.sqrt(width) - slopes[head] * (i - seen)
+        weights = np.exp(scores - scores.max())
+        mixed[b, i, head] = weights / weights.sum() @ v[b, seen, shared]
+    return mixed.reshape(samples, length, -1)

@@ -9,9 +9,28 @@ import numpy as np
 from flax import nnx
 
 from converters import save_hf
-from jgptq.models import Decoder, ModelConfig
+from jgptq.models import Decoder, LearnedPositions, ModelConfig
 
 VOCAB, SEQ_LEN = 96, 16
+
+
+OPT: dict[str, Any] = {
+    "model_type": "opt",
+    "norm": "layer",
+    "norm_eps": 1e-5,
+    "norm_bias": True,
+    "gated_mlp": False,
+    "hidden_act": "relu",
+    "positions": LearnedPositions(max_position_embeddings=32, offset=2),
+    "tie_word_embeddings": True,
+    "num_key_value_heads": 4,
+    "qkv_bias": True,
+    "o_bias": True,
+    "mlp_bias": True,
+}
+"""What makes an OPT of a tiny decoder, norms before the sublayers."""
+OPT_350M = OPT | {"block_form": "post", "embedding_width": 32}
+"""Norms after them, and token vectors narrower than the residual stream."""
 
 
 def config(**changes: Any) -> ModelConfig:
