@@ -27,7 +27,7 @@ class QuantizeConfig(SolverConfig):
         False, help="Round a linear to nearest, and report it, where it cannot be solved (no calibration token reaches it, or its "
         "Hessian cannot be factored), instead of stopping with an error."
     )
-    lm_head: bool = option(False, help="Quantize the output projection (lm_head) as well, where it is not tied to the embedding.")
+    lm_head: bool = option(False, help="Quantize the output projection (lm_head) as well, which must not be tied to the embedding.")
     rules: tuple[Rule, ...] = ()  # settings of single linears; for each, the first rule that matches its name applies
 
     def __post_init__(self) -> None:
