@@ -1,4 +1,4 @@
-"""What the commands share: arguments, options that are derived from declared settings, and how errors are printed."""
+"""What the commands share: arguments, options derived from declared settings, the printing of errors and tables."""
 
 import dataclasses
 import functools
@@ -38,9 +38,9 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def takes_options_of(settings: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Gives a command an option for each one that a settings class declares, in place of its `**given`.
+    """Gives a command one option for each option that a settings class declares, in place of its `**given`.
 
-    The command receives those that the user gave; what is not given keeps the value of the preset or the default.
+    The command receives the options that the user gave; the others keep the value of the preset or the default.
     """
     declared = [_parameter(field, options(settings)[field.name]) for field in _option_fields(settings)]
 

@@ -33,7 +33,7 @@ class Option:
     advice: str = ""  # what to try, at the end of the error message about a number out of range
     rule: bool = False  # whether a rule can set it for single linears
     stored: bool = False  # whether the packed tensors cannot be read without it
-    published: Any = SAME_AS_HERE  # the value assumed for a folder written by another program, which knows no such option
+    published: Any = SAME_AS_HERE  # the value assumed for a folder that does not record it: that of plain GPTQ
     flag: str | None = None  # spelling on the command line, where it is not `--name`
 
 

@@ -24,10 +24,13 @@ class QuantizeConfig(SolverConfig):
         published=0.0,
     )
     allow_rtn_fallback: bool = option(
-        False, help="Round a linear to nearest, and report it, where it cannot be solved (no calibration token reaches it, or its "
-        "Hessian cannot be factored), instead of stopping with an error."
+        False,
+        help="Round a linear to nearest, and report it, where it cannot be solved (no calibration token reaches it, or its "
+        "Hessian cannot be factored), instead of stopping with an error.",
     )
-    lm_head: bool = option(False, help="Quantize the output projection (lm_head) as well, which must not be tied to the embedding.")
+    lm_head: bool = option(
+        False, help="Quantize the output projection (lm_head) as well, which must not be tied to the embedding."
+    )
     rules: tuple[Rule, ...] = ()  # settings of single linears; for each, the first rule that matches its name applies
 
     def __post_init__(self) -> None:
@@ -44,7 +47,9 @@ class QuantizeConfig(SolverConfig):
         messages = []
         patterns = [rule.pattern for rule in self.rules]
         if twice := {pattern for pattern in patterns if patterns.count(pattern) > 1}:
-            messages.append(f"rules: the first match wins, so only one can have the pattern {', '.join(map(repr, sorted(twice)))}")
+            messages.append(
+                f"rules: the first match wins, so only one can have the pattern {', '.join(map(repr, sorted(twice)))}"
+            )
         if problems(self):
             return messages
         for rule in self.rules:

@@ -51,7 +51,7 @@ class SolverConfig:
     )
     order: Order = option(
         "group",
-        help="Order in which the in-features of a linear are quantized: group, most important first (the largest diagonal entry of "
+        help="Order in which the in-features of a linear are quantized: group, most important first (largest diagonal entry of "
         "the Hessian) inside each group and among groups; static, most important first over all, on scales chosen beforehand; "
         "none, as in the checkpoint; desc_act, as static but with groups formed in that order, the only one that needs g_idx in "
         "the files and a permutation when served.",
@@ -83,7 +83,10 @@ class SolverConfig:
         published=0.0,
     )
     refine: int = option(
-        0, help="Rounds of coordinate descent over the codes after the solve, each with a re-fit of the scales.", least=0, published=0
+        0,
+        help="Rounds of coordinate descent over the codes after the solve, each with a re-fit of the scales.",
+        least=0,
+        published=0,
     )
     refit: bool = option(
         False,
@@ -99,7 +102,9 @@ class SolverConfig:
         most=1,
         advice="the usual value is 0.01",
     )
-    float64: bool = option(False, help="Factor the Hessian and solve in double precision.", published=False, flag="--float64/--float32")
+    float64: bool = option(
+        False, help="Factor the Hessian and solve in double precision.", published=False, flag="--float64/--float32"
+    )
 
     def __post_init__(self) -> None:
         if wrong := problems(self):
