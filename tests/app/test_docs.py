@@ -5,7 +5,6 @@ README find the folder `out` that its example writes.
 """
 
 import re
-import runpy
 import shlex
 from pathlib import Path
 
@@ -137,9 +136,3 @@ def test_links_and_paths_lead_somewhere(name: str):
 def anchor_of(heading: str) -> str:
     """The anchor that GitHub gives a heading."""
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
-
-
-def test_the_table_of_options_is_what_is_declared():
-    generator = runpy.run_path(str(ROOT / "docs" / "make_options.py"))
-    page = (ROOT / "docs" / "options.md").read_text(encoding="utf-8")
-    assert generator["with_tables"](page) == page, "run make docs"
