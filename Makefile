@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INTEROP := .venv-interop
 
-.PHONY: demo test lint check wheel gpu-compile gpu-rehearsal interop interop-venv bench clean
+.PHONY: demo test lint check wheel docs gpu-compile gpu-rehearsal interop interop-venv bench clean
 
 .venv/runtime: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -30,6 +30,10 @@ lint: .venv/tools
 
 check: .venv/tools
 	$(BIN)/pytest --numprocesses 2 --dist worksteal --max-worker-restart 0 --durations 15 --ignore=tests/interop
+
+# The tables of options in docs/options.md, from their declarations.
+docs: .venv/runtime
+	$(BIN)/python docs/make_options.py
 
 # What users install, imported from another directory, with its embedded model.
 wheel: .venv/tools

@@ -1,15 +1,15 @@
-"""Everything that jgptq raises on purpose.
+"""The exceptions that jgptq raises.
 
 A message names the file or tensor, what was expected, what was found, and the next thing to try.
 """
 
 
 class JgptqError(Exception):
-    """Base class: catching it catches every error that jgptq raises on purpose."""
+    """Base class of all errors that jgptq raises on purpose; any other exception is a defect."""
 
 
 class ConfigError(JgptqError, ValueError):
-    """A setting, or a combination of settings, that no run can honour."""
+    """A setting, or a combination of settings, that cannot be used."""
 
 
 class ArchitectureError(JgptqError, ValueError):
@@ -33,4 +33,4 @@ class OutputError(JgptqError, OSError):
 
 
 class RuleWarning(UserWarning):
-    """A rule that has no effect on the model, most likely because its pattern is not what was meant."""
+    """A rule that has no effect on the model, most likely because its pattern is wrong."""

@@ -1,1 +1,1 @@
-"""What a person runs and looks at: the command line, the demonstration, tables."""
+"""The command line, the demonstration, and tables for a terminal."""

@@ -1,4 +1,4 @@
-"""What the commands share: arguments, options that are derived from declared settings, and how errors are printed."""
+"""What the commands share: arguments, options derived from declared settings, the printing of errors and tables."""
 
 import dataclasses
 import functools
@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from jgptq.errors import JgptqError
-from jgptq.settings.options import Option, options
+from jgptq.settings.options import Option, allowed, flag, options
 
 Model = Annotated[str, typer.Argument(help="Checkpoint folder or hub id.")]
 SeqLen = Annotated[int, typer.Option(help="Tokens in one sample or window.")]
@@ -38,9 +38,9 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def takes_options_of(settings: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Gives a command an option for each one that a settings class declares, in place of its `**given`.
+    """Gives a command one option for each option that a settings class declares, in place of its `**given`.
 
-    The command receives those that the user gave; what is not given keeps the value of the preset or the default.
+    The command receives the options that the user gave; the others keep the value of the preset or the default.
     """
     declared = [_parameter(field, options(settings)[field.name]) for field in _option_fields(settings)]
 
@@ -65,26 +65,23 @@ def _option_fields(settings: type) -> list[dataclasses.Field[Any]]:
     return [field for field in dataclasses.fields(settings) if field.name in options(settings)]
 
 
-def _parameter(field: dataclasses.Field[Any], known: Option) -> inspect.Parameter:
-    """The parameter of a command for one option; None stands for "not given"."""
+def _parameter(field: dataclasses.Field[Any], declared: Option) -> inspect.Parameter:
+    """The parameter of a command for one option; its default None means that the user did not give it."""
     kind = str if field.default is None else type(field.default)
-    name = field.name.replace("_", "-")
-    shown = None if field.default is None else _spelled(field.default, known)
-    allowed = f" One of {', '.join(str(value) for value in known.values if value is not None)}." if known.values else ""
-    if known.values == () and known.least is not None and known.most is not None:
-        allowed = f" {known.least:g} to {known.most:g}."
-    flag = known.flag or (f"--{name}/--no-{name}" if kind is bool else f"--{name}")
-    info = typer.Option(flag, help=known.help + allowed, show_default=shown if shown is not None else False)
+    shown = False if field.default is None else _shown_default(field.default, declared)
+    values = allowed(declared)
+    text = declared.help + (f" {values[0].upper()}{values[1:]}." if values else "")
+    info = typer.Option(flag(field.name, declared, field.default), help=text, show_default=shown)
     return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, info])
 
 
-def _spelled(default: Any, known: Option) -> str:
-    """How the help shows a default: a switch by the flag that it stands for."""
+def _shown_default(default: Any, declared: Option) -> str:
+    """A default as the help shows it: that of a switch with names of its own is the name of its state."""
     if not isinstance(default, bool):
         return str(default)
-    if known.flag is None:
+    if declared.flag is None:
         return "on" if default else "off"
-    return known.flag.split("/")[0 if default else 1].removeprefix("--")
+    return declared.flag.split("/")[0 if default else 1].removeprefix("--")
 
 
 def print_table(table: Any) -> None:

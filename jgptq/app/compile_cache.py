@@ -10,7 +10,7 @@ from pathlib import Path
 import typer
 
 MOST_BYTES = 2**30
-"""Size of the cache at most; the programs that were not used for longest go first."""
+"""Maximum size of the cache; the least recently used programs are deleted first."""
 
 _VARIABLE = "JAX_COMPILATION_CACHE_DIR"
 _DAMAGED = "Error reading persistent compilation cache"
@@ -26,22 +26,22 @@ def cache_folder() -> Path:
 
 @contextlib.contextmanager
 def compile_cache(wanted: bool, folder: Path | None = None, most_bytes: int = MOST_BYTES) -> Iterator[None]:
-    """Has JAX keep what it compiles in a folder, and take it from there the next time.
+    """Has JAX store compiled programs in a folder and load them from there in later runs.
 
-    A cache that cannot be used is said once on standard error, and programs are compiled as without it. Where the environment
-    names a cache of JAX's own (`JAX_COMPILATION_CACHE_DIR`), that one is used, under its own settings.
+    A cache that cannot be used is reported once on standard error, and programs are compiled without it. Where the environment
+    names a cache for JAX (`JAX_COMPILATION_CACHE_DIR`), that one is used, with the settings that JAX has for it.
 
     Args:
       wanted: whether to use a cache at all.
-      folder: where; None is `cache_folder()`.
-      most_bytes: size of all programs at most.
+      folder: the folder; None is `cache_folder()`.
+      most_bytes: maximum size of all programs together.
     """
     if not wanted or os.environ.get(_VARIABLE):
         yield
         return
     folder = cache_folder() if folder is None else folder
-    if (reason := _obstacle(folder)) is not None:
-        _say(f"the compilation cache {folder} cannot be written ({reason}), so that nothing is kept for the next run")
+    if (reason := _why_not_writable(folder)) is not None:
+        _warn(f"the compilation cache {folder} cannot be written ({reason}), so that the next run compiles again")
         yield
         return
     import jax
@@ -56,14 +56,14 @@ def compile_cache(wanted: bool, folder: Path | None = None, most_bytes: int = MO
     for name, value in names.items():
         jax.config.update(name, value)
     try:
-        with _said_once(folder):
+        with _warns_once(folder):
             yield
     finally:
         for name, value in before.items():
             jax.config.update(name, value)
 
 
-def _obstacle(folder: Path) -> str | None:
+def _why_not_writable(folder: Path) -> str | None:
     """Why a folder cannot be written, or None."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -74,19 +74,19 @@ def _obstacle(folder: Path) -> str | None:
 
 
 @contextlib.contextmanager
-def _said_once(folder: Path) -> Iterator[None]:
-    """Says once what JAX warns of for each program, and empties a cache whose files are damaged: JAX never replaces them."""
-    troubles: set[str] = set()
+def _warns_once(folder: Path) -> Iterator[None]:
+    """Prints one warning where JAX has one for each program, and empties a cache with damaged files: JAX never replaces them."""
+    reported: set[str] = set()
     show = warnings.showwarning
 
     def shown(message: Warning | str, *where: object, **more: object) -> None:
         kind = next((kind for kind in (_DAMAGED, _UNWRITTEN) if str(message).startswith(kind)), None)
         if kind is None:
             show(message, *where, **more)  # type: ignore[arg-type]
-        elif kind not in troubles:
-            troubles.add(kind)
+        elif kind not in reported:
+            reported.add(kind)
             what = "holds damaged files and is emptied" if kind == _DAMAGED else "cannot be written"
-            _say(f"the compilation cache {folder} {what}; programs are compiled anew")
+            _warn(f"the compilation cache {folder} {what}; programs are compiled again")
 
     with warnings.catch_warnings():
         warnings.filterwarnings("always", message="Error (reading|writing) persistent compilation cache")
@@ -95,10 +95,10 @@ def _said_once(folder: Path) -> Iterator[None]:
             yield
         finally:
             warnings.showwarning = show
-            if _DAMAGED in troubles:
+            if _DAMAGED in reported:
                 for path in (*folder.glob("*-cache"), *folder.glob("*-atime")):
                     path.unlink(missing_ok=True)
 
 
-def _say(sentence: str) -> None:
-    typer.echo(f"warning: {sentence}. --no-compile-cache does without it.", err=True)
+def _warn(sentence: str) -> None:
+    typer.echo(f"warning: {sentence}. --no-compile-cache turns the cache off.", err=True)

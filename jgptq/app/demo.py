@@ -1,4 +1,4 @@
-"""The demonstration: a model, rounded and quantized at several widths, and its export read back."""
+"""The demonstration: a model rounded and quantized at several widths, and its export loaded again."""
 
 import tempfile
 import time
@@ -22,14 +22,14 @@ EVALUATION_TOKENS = 65536
 
 
 class DemoFailed(JgptqError):
-    """The demonstration ran, and did not show what it should."""
+    """The demonstration cannot run, or its result is not as expected."""
 
 
 def sources(model: str, calib: str | None, data: str | None) -> tuple[str | list[str], str | list[str]]:
-    """The calibration and evaluation text: for the embedded model the standard library's source, and its held-out files.
+    """The calibration and evaluation text; for the embedded model, by default, source of the standard library and held-out files.
 
     Raises:
-      DemoFailed: another model without sources of its own.
+      DemoFailed: another model, without both texts.
     """
     if calib is not None and data is not None:
         return calib, data
@@ -52,7 +52,7 @@ def compare(
       bits: widths of a code.
 
     Yields:
-      A row of the table, and the decoder that it is about.
+      A row of the table, and the decoder that it describes.
     """
     dtype = str(params.embed_tokens.embedding.get_value().dtype)
     yield _variant(dtype, "float", params, tokens, seq_len, 0.0), params
@@ -68,13 +68,13 @@ def check_order(variants: Sequence[Variant]) -> None:
     """Checks that GPTQ lies between float and round-to-nearest at every width.
 
     Raises:
-      DemoFailed: it does not; says where.
+      DemoFailed: it does not; the message says at which width.
     """
     base = variants[0].perplexity
     for rounded, solved in zip(variants[1::2], variants[2::2], strict=True):
         if not base <= solved.perplexity <= rounded.perplexity:
-            found = f"float {base:.4f}, GPTQ {solved.perplexity:.4f}, RTN {rounded.perplexity:.4f}"
-            raise DemoFailed(f"at {solved.bits} bits GPTQ is not between float and round-to-nearest: {found}")
+            values = f"float {base:.4f}, GPTQ {solved.perplexity:.4f}, RTN {rounded.perplexity:.4f}"
+            raise DemoFailed(f"at {solved.bits} bits GPTQ is not between float and round-to-nearest: {values}")
 
 
 def export_and_reload(quantized: Decoder, out: Path | None, tokens: np.ndarray, seq_len: int) -> tuple[Path, float]:
@@ -82,12 +82,12 @@ def export_and_reload(quantized: Decoder, out: Path | None, tokens: np.ndarray, 
 
     Args:
       quantized: the decoder.
-      out: where to; None uses a temporary folder that is gone afterwards.
+      out: the folder to write; None uses a temporary folder that is deleted afterwards.
       tokens: evaluation tokens `[T]`.
       seq_len: tokens in a window.
 
     Returns:
-      The folder and the perplexity of what was loaded from it.
+      The folder, and the perplexity of the decoder loaded from it.
     """
     if out is not None:
         return out, perplexity(load_hf(save_hf(quantized, out)), tokens, seq_len)

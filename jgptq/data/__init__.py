@@ -1,1 +1,1 @@
-"""Text and tokens to calibrate on and to measure with."""
+"""Text and tokens for calibration and evaluation."""

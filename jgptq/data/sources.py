@@ -1,4 +1,4 @@
-"""Where tokens come from: datasets by name, files, lists of texts, arrays of ids. Nothing is tokenized here."""
+"""Sources of text and of token ids: named datasets, files, lists of texts, arrays. Nothing is tokenized here."""
 
 import dataclasses
 import json
@@ -20,91 +20,105 @@ _SPLITS: dict[Part, tuple[str, str]] = {"calibration": ("train", "validation"), 
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Preset:
-    """A public dataset under a short name; no row of it is both calibrated and evaluated on."""
+class Dataset:
+    """A public dataset under a short name; calibration and evaluation share no row of it."""
 
     path: str  # its name on the Hugging Face hub
-    config: str | None = None  # the configuration; None with `data_files`, which name its files themselves
+    config: str | None = None  # its configuration; None where `data_files` name the files
     calibration: str = "train"  # the split to calibrate on, or a slice of it as `datasets` writes it
     evaluation: str = "test"  # the split to measure perplexity on, or a slice
-    data_files: Mapping[str, str] = dataclasses.field(default_factory=dict)  # split -> the one file of it to fetch; empty: all
+    data_files: Mapping[str, str] = dataclasses.field(default_factory=dict)  # split -> the one file of it to download; empty: all
     field: str = "text"  # the column of text
-    joiner: str = "\n\n"  # between rows that are joined to one text
-    document_start: str | None = None  # splits the joined rows into documents; None: every row is one
+    joiner: str = "\n\n"  # put between rows that are joined to one text
+    document_start: str | None = None  # regex that splits the joined rows into documents; None: every row is a document
 
 
-PRESETS: Mapping[str, Preset] = {
-    "wikitext": Preset(path="Salesforce/wikitext", config="wikitext-2-raw-v1", document_start=r"(?m)^(?= = [^=\n].* = ?\n{4})"),
-    "c4": Preset(
+DATASETS: Mapping[str, Dataset] = {
+    "wikitext": Dataset(path="Salesforce/wikitext", config="wikitext-2-raw-v1", document_start=r"(?m)^(?= = [^=\n].* = ?\n{4})"),
+    "c4": Dataset(
         path="allenai/c4",
         evaluation="validation[:1100]",
         data_files={"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"},
         joiner=" ",
     ),
-    "code": Preset(
+    "code": Dataset(
         path="codeparrot/codeparrot-clean-valid", calibration="train[:-512]", evaluation="train[-512:]", field="content"
     ),
-    "medical": Preset(
+    "medical": Dataset(
         path="ccdv/pubmed-summarization",
         evaluation="test[:256]",
         data_files={"train": "document/train-00000-of-00005.parquet", "test": "document/test-00000-of-00001.parquet"},
         field="article",
     ),
-    "finance": Preset(path="ashraq/financial-news-articles", calibration="train[:-1024]", evaluation="train[-1024:]"),
+    "finance": Dataset(path="ashraq/financial-news-articles", calibration="train[:-1024]", evaluation="train[-1024:]"),
 }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Text:
-    """Text that is there to be read."""
+    """Rows of text that are fetched on demand, and how they are joined and split (as in `Dataset`)."""
 
-    read: Callable[[], Sequence[Any]]  # fetches the rows; called when the tokenizer is known to load
+    read: Callable[[], Sequence[Any]]  # fetches the rows; called after the tokenizer was loaded
     joiner: str = "\n\n"
     document_start: str | None = None
 
 
 def source_name(source: Source) -> str:
-    """What to call a source in a message."""
+    """The name of a source in messages."""
     if isinstance(source, str | Path):
         return str(source)
     return f"array of ids {list(source.shape)}" if isinstance(source, Array) else "list of documents"
 
 
 def resolve(source: Source, part: Part) -> np.ndarray | Text:
-    """What a source is, by its name and type; ids are read (and checked) at once, text is not."""
+    """Interprets a source by its name and type.
+
+    Args:
+      source: as for `jgptq.data.tokens.calibration_tokens`.
+      part: what the tokens are for, which selects the split of a dataset.
+
+    Returns:
+      Checked integer ids, `[T]` or `[samples, S]`, or text that is not fetched yet.
+
+    Raises:
+      CalibrationError: an unknown source, or a file of ids that is missing, unreadable or does not hold ids.
+    """
     if isinstance(source, Array):
         return _checked(np.asarray(source), source_name(source))
     if isinstance(source, Sequence) and not isinstance(source, str):
         return Text(read=lambda: source)
-    if isinstance(source, str) and (preset := PRESETS.get(source)):
-        return Text(read=lambda: _preset_rows(preset, part), joiner=preset.joiner, document_start=preset.document_start)
+    if isinstance(source, str) and (dataset := DATASETS.get(source)):
+        return Text(read=lambda: _dataset_rows(dataset, part), joiner=dataset.joiner, document_start=dataset.document_start)
     if isinstance(source, Path) or (isinstance(source, str) and (Path(source).suffix in _ENDINGS or Path(source).is_file())):
         return _resolve_file(Path(source))
     if isinstance(source, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(:.+)?", source):
         return Text(read=lambda: _hub_rows(source, part))
     raise CalibrationError(
-        f"unknown source {source!r}; expected a preset ({', '.join(PRESETS)}), a dataset 'owner/name' or 'owner/name:config', a"
-        f" path ending in {', '.join(_ENDINGS)}, a list of documents or an array of ids"
+        f"unknown source {source!r}; expected a named dataset ({', '.join(DATASETS)}), a dataset of the hub 'owner/name' or"
+        f" 'owner/name:config', a path ending in {', '.join(_ENDINGS)}, a list of documents or an array of ids"
     )
 
 
 def _resolve_file(path: Path) -> np.ndarray | Text:
     if path.suffix not in _ENDINGS or not path.is_file():
-        found = f"the ending {path.suffix!r}" if path.is_file() else "no such file"
-        raise CalibrationError(f"{path}: expected a file ending in {', '.join(_ENDINGS)}, found {found}; convert or find it")
+        actual = f"the ending {path.suffix!r}" if path.is_file() else "no such file"
+        raise CalibrationError(f"{path}: expected a file ending in {', '.join(_ENDINGS)}, found {actual}; check the path")
     return _checked(_read(path), str(path)) if path.suffix == ".npy" else Text(read=lambda: _read(path))
 
 
-def loaded(what: str, advice: str, load: Callable[[], Any]) -> Any:
-    """What `load` returns.
+def load_or_raise(what: str, advice: str, load: Callable[[], Any]) -> Any:
+    """Calls `load` and turns any exception of it into a `CalibrationError`.
 
     Args:
-      what: the thing that is loaded, for the error.
-      advice: what to try when it cannot be.
+      what: what is loaded, for the error.
+      advice: what to try where it fails, for the error.
       load: loads it.
 
+    Returns:
+      What `load` returns.
+
     Raises:
-      CalibrationError: it cannot be loaded; the cause is chained.
+      CalibrationError: loading failed; the cause is chained.
     """
     try:
         return load()
@@ -128,7 +142,7 @@ def _read(path: Path) -> Any:
         column = _text_column(pyarrow.parquet.read_schema(path).names, str(path))
         return pyarrow.parquet.read_table(path, columns=[column]).column(column).to_pylist()
 
-    return loaded(str(path), "write it anew, text as UTF-8 and ids as an integer array", load)
+    return load_or_raise(str(path), "write it anew, text as UTF-8 and ids as an integer array", load)
 
 
 def _json_text(line: str, where: str) -> str:
@@ -140,21 +154,21 @@ def _json_text(line: str, where: str) -> str:
 
 
 def _text_column(columns: Iterable[str], where: str) -> str:
-    found = list(columns)
+    names = list(columns)
     for field in _FIELDS:
-        if field in found:
+        if field in names:
             return field
-    raise CalibrationError(f"{where}: expected a field {' or '.join(_FIELDS)}, found {found}; rename one or pass a list of texts")
+    raise CalibrationError(f"{where}: expected a field {' or '.join(_FIELDS)}, found {names}; rename one or pass a list of texts")
 
 
-def _preset_rows(preset: Preset, part: Part) -> Sequence[Any]:
-    split = preset.calibration if part == "calibration" else preset.evaluation
+def _dataset_rows(dataset: Dataset, part: Part) -> Sequence[Any]:
+    split = dataset.calibration if part == "calibration" else dataset.evaluation
     options: dict[str, Any] = {"split": split}
-    if preset.data_files:
+    if dataset.data_files:
         base = split.partition("[")[0]
-        # The dataset's card has the size of all its files: checked against that, one file of them would be refused.
-        options |= {"data_files": {base: preset.data_files[base]}, "verification_mode": "no_checks"}
-    return _fetch(preset.path, preset.config, **options)[preset.field]
+        # The dataset's card states the size of all files together, so that the check would refuse a single one.
+        options |= {"data_files": {base: dataset.data_files[base]}, "verification_mode": "no_checks"}
+    return _fetch(dataset.path, dataset.config, **options)[dataset.field]
 
 
 def _hub_rows(source: str, part: Part) -> Sequence[Any]:
@@ -170,15 +184,17 @@ def _fetch(path: str, config: str | None, **options: Any) -> Any:
     import datasets
 
     advice = f"check its name and the network, or pass a local file ending in {', '.join(_ENDINGS)}"
-    return loaded(f"dataset {path!r} (config {config!r})", advice, lambda: datasets.load_dataset(path, config, **options))
+    return load_or_raise(f"dataset {path!r} (config {config!r})", advice, lambda: datasets.load_dataset(path, config, **options))
 
 
 def _checked(ids: np.ndarray, name: str) -> np.ndarray:
     if not np.issubdtype(ids.dtype, np.integer) or ids.ndim not in (1, 2):
-        raise CalibrationError(f"{name}: expected integer ids [T] or [M, L], found {ids.dtype} {list(ids.shape)}; convert them")
+        raise CalibrationError(
+            f"{name}: expected integer ids [T] or [samples, S], found {ids.dtype} {list(ids.shape)}; convert them"
+        )
     if ids.size == 0:
-        raise CalibrationError(f"{name}: no tokens at all; expected ids [T] or [M, L], found {list(ids.shape)}")
+        raise CalibrationError(f"{name}: no tokens at all; expected ids [T] or [samples, S], found {list(ids.shape)}")
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= 2**31:
-        raise CalibrationError(f"{name}: expected ids in [0, 2^31), found {low} to {high}; take out padding and masks")
+        raise CalibrationError(f"{name}: expected ids in [0, 2^31), found {low} to {high}; remove padding and masked ids")
     return ids

@@ -1,4 +1,4 @@
-"""Tokens to calibrate on and to measure perplexity on: from datasets, files, texts or arrays of ids."""
+"""Calibration and evaluation tokens, from datasets, files, texts or arrays of ids."""
 
 import itertools
 import logging
@@ -10,47 +10,54 @@ from typing import Any
 
 import numpy as np
 
-from jgptq.data.sources import Source, Text, loaded, resolve, source_name
+from jgptq.data.sources import Source, Text, load_or_raise, resolve, source_name
 from jgptq.errors import CalibrationError
 from jgptq.notation import Array, Int
 
-FEW_SAMPLES = 128  # fewer rows than this estimate a Hessian poorly
+FEW_SAMPLES = 128  # with fewer rows than this a Hessian is a poor estimate
 _BATCH = 64  # documents tokenized at a time
 
 
 def calibration_tokens(
     source: Source, tokenizer: Any = None, samples: int = 512, seq_len: int = 2048, seed: int = 0
 ) -> Int[np.ndarray, "b S"]:
-    """Rows of token ids to calibrate on, drawn by seed.
+    """Rows of token ids to calibrate on, drawn at random.
 
-    Documents are tokenized one by one, with whatever special tokens the tokenizer adds by default, in an order drawn by `seed`
-    until there are twice the tokens asked for, and concatenated to one stream. The rows are windows of it, without overlap, at a
-    random phase, in random order. Ids given as `[T]` are such a stream; of ids given as `[M, L]` random rows are cut to
-    `seq_len`.
+    Documents are tokenized one by one, with the special tokens that the tokenizer adds by default, in random order, until there
+    are twice as many tokens as needed, and concatenated to one stream. The rows are windows of the stream that do not overlap;
+    where the first one starts, and which are taken, is random. Ids given as `[T]` are such a stream. Of ids given as
+    `[samples, S]` random rows are taken, cut to `seq_len`.
 
     Args:
-      source: the name of a preset (`PRESETS`); a dataset "owner/name" or "owner/name:config" with a column text or content, of
-        which the split train, else validation, is read (all are downloaded); a path: .txt (one document), .jsonl or .parquet (a
-        field text or content), .npy (ids); a list of documents; or integer ids `[T]` or `[M, L]`, L >= seq_len.
-      tokenizer: folder or hub id of a tokenizer, or an object that is called, or else has `encode`, like one of transformers; not
-        needed for ids.
-      samples: rows wanted.
+      source: a named dataset (`jgptq.data.sources.DATASETS`); a dataset of the hub, "owner/name" or "owner/name:config", with a
+        column text or content, of which the split train is read, or validation where there is no train (all splits are
+        downloaded); a path: .txt (one document), .jsonl or .parquet (a field text or content), .npy (ids); a list of documents;
+        or integer ids, `[T]` or `[samples, S]` with S >= seq_len.
+      tokenizer: folder or hub id of a tokenizer; or a tokenizer of transformers (an object that is called) or of tokenizers (one
+        that has `encode`). Not needed for ids.
+      samples: number of rows.
       seq_len: tokens in a row.
-      seed: of all random choices.
+      seed: seed of all random choices.
 
     Returns:
-      int32 `[samples, seq_len]`, or as many rows as there are; fewer than 128 come with a UserWarning.
+      int32 `[samples, seq_len]`; fewer rows where the source holds fewer, and a UserWarning where they are fewer than 128.
 
     Raises:
       CalibrationError: the source is unknown, missing, unreadable, empty or shorter than a row, or there is no tokenizer.
+
+    Example:
+      >>> calibration_tokens("wikitext", "Qwen/Qwen3-0.6B", samples=512, seq_len=2048).shape  # downloads the dataset
+      (512, 2048)
+      >>> calibration_tokens(np.arange(4096), samples=128, seq_len=32).shape  # ids: no tokenizer
+      (128, 32)
     """
     if samples < 1 or seq_len < 1:
         raise CalibrationError(f"expected samples and seq_len of at least 1, found samples={samples}, seq_len={seq_len}")
-    name, found, rng = source_name(source), resolve(source, "calibration"), np.random.default_rng(seed)
-    if isinstance(found, Text):
-        # Twice what is needed: the rows are then a random half, and not the whole, of each document.
-        found = _stream(found, _encoder(tokenizer, name), 2 * samples * seq_len, rng, name)
-    rows = _rows(found, samples, seq_len, rng, name)
+    name, data, rng = source_name(source), resolve(source, "calibration"), np.random.default_rng(seed)
+    if isinstance(data, Text):
+        # Twice what is needed: the rows are then a random half of each document, from more documents.
+        data = _stream(data, _encoder(tokenizer, name), 2 * samples * seq_len, rng, name)
+    rows = _rows(data, samples, seq_len, rng, name)
     summary = f"{name}: calibrating on {len(rows)} of {samples} rows of {seq_len} tokens, {rows.size} tokens in all"
     logging.getLogger("jgptq").info(summary)
     if len(rows) < FEW_SAMPLES:
@@ -62,12 +69,13 @@ def calibration_tokens(
 def evaluation_tokens(source: Source, tokenizer: Any = None) -> Int[np.ndarray, " T"]:
     """One stream of token ids to measure perplexity on.
 
-    As in the GPTQ literature, the rows of text, blank ones too, are joined by a blank line (c4: by a space) and tokenized as one
-    text with the tokenizer's defaults: special tokens stand once, where the text begins. Of c4 these are the first 1,100
-    documents of the split validation; the literature measures on their first 256 * 2048 tokens.
+    As in the GPTQ literature, the rows of text, including blank ones, are joined by a blank line (c4: by a space) and tokenized
+    as one text with the tokenizer's defaults, so that special tokens are added once, at the beginning. For c4 these are the first
+    1,100 documents of the split validation; the literature measures on their first 256 * 2048 tokens.
 
     Args:
-      source: as for `calibration_tokens`, but of a dataset the split test, else validation; rows of ids are put end to end.
+      source: as for `calibration_tokens`, but of a dataset the split test is read, or validation where there is no test; rows of
+        ids are concatenated.
       tokenizer: as for `calibration_tokens`.
 
     Returns:
@@ -75,13 +83,17 @@ def evaluation_tokens(source: Source, tokenizer: Any = None) -> Int[np.ndarray, 
 
     Raises:
       CalibrationError: the source is unknown, missing, unreadable or without tokens, or there is no tokenizer.
+
+    Example:
+      >>> evaluation_tokens("wikitext", "Qwen/Qwen3-0.6B").ndim  # downloads the dataset
+      1
     """
-    name, found = source_name(source), resolve(source, "evaluation")
-    if not isinstance(found, Text):
-        return np.array(found, np.int32).reshape(-1)
+    name, data = source_name(source), resolve(source, "evaluation")
+    if not isinstance(data, Text):
+        return np.array(data, np.int32).reshape(-1)
     encode = _encoder(tokenizer, name)
-    rows = _texts(found.read(), name)
-    joined = found.joiner.join(rows)
+    rows = _texts(data.read(), name)
+    joined = data.joiner.join(rows)
     ids = np.asarray(encode([joined])[0] if joined.strip() else [], np.int32)
     if ids.size == 0:
         raise CalibrationError(f"{name}: no tokens at all; expected text, found {len(rows)} rows, all blank")
@@ -94,10 +106,10 @@ def check_tokens(tokens: Int[Array, "..."], vocab_size: int, name: str) -> None:
     Args:
       tokens: integer ids of any shape.
       vocab_size: V.
-      name: what to call the tokens in the error.
+      name: the name of the tokens in the error.
 
     Raises:
-      CalibrationError: there are no tokens, or ids outside `[0, vocab_size)`.
+      CalibrationError: there are no tokens, or there are ids outside `[0, vocab_size)`.
     """
     ids = np.asarray(tokens)
     if ids.size == 0:
@@ -111,7 +123,7 @@ def check_tokens(tokens: Int[Array, "..."], vocab_size: int, name: str) -> None:
 
 
 def _encoder(tokenizer: Any, name: str) -> Callable[[list[str]], list[list[int]]]:
-    """A function from texts to their ids, with the tokenizer's defaults: special tokens as it has them, no padding, no cut."""
+    """A function from texts to ids, with the tokenizer's default special tokens and without padding or truncation."""
     if tokenizer is None:
         raise CalibrationError(f"{name} is text: expected a tokenizer, found None; pass the model's folder, or token ids as .npy")
     if isinstance(tokenizer, str | Path):
@@ -119,11 +131,11 @@ def _encoder(tokenizer: Any, name: str) -> Callable[[list[str]], list[list[int]]
 
         folder, advice = str(tokenizer), "pass a folder that holds a tokenizer.json and a tokenizer_config.json"
         load = transformers.AutoTokenizer.from_pretrained
-        tokenizer = loaded(f"tokenizer {folder!r}", advice, lambda: load(folder, trust_remote_code=False, use_fast=True))
+        tokenizer = load_or_raise(f"tokenizer {folder!r}", advice, lambda: load(folder, trust_remote_code=False, use_fast=True))
     call: Callable[..., Any] = tokenizer
     if callable(tokenizer):
         return lambda texts: call(texts, verbose=False)["input_ids"]
-    # A tokenizer of the `tokenizers` library encodes to an object that has the ids.
+    # A tokenizer of the `tokenizers` library returns an object that has the ids as an attribute.
     return lambda texts: [getattr(encoded, "ids", encoded) for encoded in map(tokenizer.encode, texts)]
 
 
@@ -139,7 +151,7 @@ def _texts(rows: Iterable[Any], name: str) -> list[str]:
 def _stream(
     text: Text, encode: Callable[[list[str]], list[list[int]]], wanted: int, rng: np.random.Generator, name: str
 ) -> Int[np.ndarray, " T"]:
-    """Ids of whole documents in random order, at least `wanted` or all there are."""
+    """Ids of whole documents in random order: at least `wanted`, or all."""
     documents = text.read()
     if text.document_start is not None:
         documents = re.split(text.document_start, text.joiner.join(_texts(documents, name)))
@@ -164,7 +176,7 @@ def _rows(ids: np.ndarray, samples: int, seq_len: int, rng: np.random.Generator,
         raise CalibrationError(f"{name}: expected at least seq_len={seq_len} {unit}, found {length}; lower seq_len or give more")
     if ids.ndim == 1:
         kept = min(length // seq_len, samples) * seq_len
-        phase = int(rng.integers(min(length - kept, seq_len - 1) + 1))  # never costs a row that was asked for
+        phase = int(rng.integers(min(length - kept, seq_len - 1) + 1))  # at most the surplus: no row is lost to it
         count = (length - phase) // seq_len
         ids = ids[phase : phase + count * seq_len].reshape(count, seq_len)
     return np.array(ids[rng.permutation(len(ids))[:samples], :seq_len], np.int32)

@@ -1,1 +1,1 @@
-"""What a decoder is worth: perplexity."""
+"""Evaluation of a decoder: perplexity."""

@@ -15,15 +15,15 @@ from jgptq.models.memory import to_device
 from jgptq.notation import Array, Float, Int
 
 BATCH_TOKENS = 4096
-"""Tokens that are run at once, unless one window is longer."""
+"""Tokens in a batch, unless a single window is longer."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """How well a stream was predicted."""
+    """Negative log-likelihood of a stream."""
 
     nll: float  # sum of negative log-likelihoods, in nats
-    tokens: int  # tokens that were predicted
+    tokens: int  # number of predicted tokens
 
     @property
     def perplexity(self) -> float:
@@ -33,16 +33,21 @@ class Score:
 
 
 def perplexity(params: Decoder, tokens: Int[Array, " T"], seq_len: int = 2048, stride: int | None = None) -> float:
-    """`exp` of the mean negative log-likelihood per predicted token; see `score`."""
+    """`exp` of the mean negative log-likelihood per predicted token; arguments and errors are those of `score`.
+
+    Example:
+      >>> tokens = jgptq.evaluation_tokens("wikitext", params.tokenizer_path)
+      >>> jgptq.perplexity(params, tokens, seq_len=2048)  # windows that do not overlap, as in the literature
+    """
     return score(params, tokens, seq_len, stride).perplexity
 
 
 def score(params: Decoder, tokens: Int[Array, " T"], seq_len: int = 2048, stride: int | None = None) -> Score:
     """Sums the negative log-likelihood of a stream over windows.
 
-    Without a stride the windows do not overlap, the first token of each is not predicted and an incomplete last window is
-    dropped: the figure of the GPTQ literature. With one, each window begins `stride` tokens after the one before and only the
-    tokens that no window has predicted yet count, with all the window before them as context; the last window may be shorter.
+    Without a stride the windows do not overlap, the first token of each window is not predicted, and an incomplete last window is
+    dropped: this is the figure of the GPTQ literature. With a stride, each window begins `stride` tokens after the previous one,
+    and only tokens that no earlier window predicted count, so that they have more context; the last window may be shorter.
 
     Args:
       params: the decoder, float or quantized.
@@ -51,7 +56,7 @@ def score(params: Decoder, tokens: Int[Array, " T"], seq_len: int = 2048, stride
       stride: step between windows, 1 to seq_len, or None.
 
     Returns:
-      The sum in nats and how many tokens it is over.
+      The sum in nats, and the number of tokens in it.
 
     Raises:
       CalibrationError: too few tokens, ids outside the vocabulary, a seq_len or stride out of range.
@@ -93,21 +98,21 @@ def _block(block: Block, residual: Float[jax.Array, "b S D"]) -> Float[jax.Array
 def _nll(
     decoder: Decoder, residual: Float[jax.Array, "b S D"], tokens: Int[jax.Array, "b S"], counted: Float[jax.Array, "b S"]
 ) -> Float[jax.Array, ""]:
-    """Summed over rows one by one, so that only one row's logits are held at a time."""
+    """The sum over a batch, one row after the other, so that only one row's logits are in memory."""
 
     def row(args: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         residual_sd, tokens_s, counted_s = args
         logits_sv = decoder.logits(residual_sd[None])[0]
         chosen_s = jnp.take_along_axis(logits_sv[:-1], tokens_s[1:, None], axis=-1)[:, 0]
         loss_s = jax.nn.logsumexp(logits_sv[:-1], axis=-1) - chosen_s
-        # Where a position does not count its loss may be anything, NaN included.
+        # `where`, not a product: the loss of a position that does not count may be NaN.
         return jnp.sum(jnp.where(counted_s[1:] > 0, loss_s, 0.0))
 
     return jnp.sum(jax.lax.map(row, (residual, tokens, counted)))
 
 
 def _windows(stream: np.ndarray, seq_len: int, stride: int | None) -> Iterator[tuple[np.ndarray, int]]:
-    """Windows of the stream, and in each the first position that counts."""
+    """Windows of the stream, each with the first position in it that counts."""
     if stride is None:
         for start in range(0, len(stream) - seq_len + 1, seq_len):
             yield stream[start : start + seq_len], 1
@@ -122,8 +127,7 @@ def _windows(stream: np.ndarray, seq_len: int, stride: int | None) -> Iterator[t
 
 
 def _batched(windows: Iterator[tuple[np.ndarray, int]], rows: int, seq_len: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Batches `[rows, seq_len]` of tokens and of which positions count; padding is at the end, where causal attention ignores
-    it."""
+    """Batches `[rows, seq_len]`: tokens, and 1 where a position counts. Padding is last: causal attention ignores it there."""
     tokens, counted, filled = np.zeros((rows, seq_len), np.int32), np.zeros((rows, seq_len), np.float32), 0
     for window, first in windows:
         tokens[filled, : len(window)] = window

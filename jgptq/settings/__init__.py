@@ -1,1 +1,1 @@
-"""The settings of a run, rules for single linears, and presets."""
+"""Settings of a run, rules for single linears, and presets."""

@@ -1,4 +1,4 @@
-"""Presets: settings that go together, so that nobody has to read a table to choose them."""
+"""Presets: named sets of options, from the fastest to the most accurate."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -18,18 +18,29 @@ PRESETS: Mapping[Preset, Mapping[str, Any]] = MappingProxyType(
         "best": MappingProxyType({"refine": 3, "tune": 0.75}),
     }
 )
-"""What each preset sets beside the defaults. All give plain files that cost nothing more when served; they differ in time."""
+"""The options that each preset sets to another value than the default. They differ in time and loss; the files of all cost the
+same to serve."""
 
 
 def make_config(settings: Mapping[str, Any]) -> QuantizeConfig:
-    """The config that keyword settings describe: those of `preset`, where one is named, under all that are given beside it.
+    """The config of a run from keyword settings; an explicit option replaces the preset's value.
 
     Args:
-      settings: fields of `QuantizeConfig`, of which rules may have the form of a `dynamic` dict; and optionally `preset`: "fast",
-        "balanced" (the defaults) or "best".
+      settings: fields of `QuantizeConfig`, and optionally `preset`: "fast", "balanced" (the defaults) or "best". Rules may have
+        the form of a `dynamic` dict, see `jgptq.settings.rules`.
+
+    Returns:
+      The config.
 
     Raises:
-      ConfigError: an unknown name (those known are listed), or a value out of range.
+      ConfigError: an unknown name (the message lists the known ones), or a value that is not allowed.
+
+    Example:
+      >>> config = make_config({"preset": "best", "bits": 3, "rules": {"-:lm_head": {}}})
+      >>> config.refine, config.bits, config.rules
+      (3, 3, (Rule(pattern='lm_head', skip=True, settings=()),))
+      >>> make_config({"preset": "best", "refine": 1}).refine
+      1
     """
     known = [field.name for field in dataclasses.fields(QuantizeConfig)]
     given = dict(settings)

@@ -1,4 +1,4 @@
-"""A rule: settings of the linears whose name a regex matches."""
+"""A rule: changed settings for the linears whose name a regex matches."""
 
 import dataclasses
 import re
@@ -10,15 +10,19 @@ from jgptq.settings.solver import RULE_OPTIONS, SolverConfig
 
 @dataclasses.dataclass(frozen=True, init=False)
 class Rule:
-    """Settings of the linears whose full name a regex matches from its start; see `jgptq.settings.rules`.
+    """Changes the settings of the linears whose full name a regex matches, or skips them; see `jgptq.settings.rules`.
 
     Args:
       pattern: a regex, tried with `re.match` on names such as `model.layers.0.mlp.down_proj`.
       skip: whether the linears stay float.
-      **overrides: options of `SolverConfig` that a rule can set (`RULE_OPTIONS`); None leaves the run's value.
+      **overrides: options of `SolverConfig` that a rule can set (`RULE_OPTIONS`); None keeps the run's value.
 
     Raises:
-      ConfigError: the pattern is no regex, an option is unknown or has the wrong type, or the rule skips and sets something.
+      ConfigError: the pattern is no regex, an option is unknown or has the wrong type, or the rule both skips and sets options.
+
+    Example:
+      >>> rules = (Rule(pattern=r".*down_proj", bits=8), Rule(pattern=r"model\\.layers\\.0\\.", skip=True))
+      >>> config = QuantizeConfig(bits=4, rules=rules)
     """
 
     pattern: str

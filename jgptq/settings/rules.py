@@ -1,7 +1,7 @@
-"""Rules: settings of single linears by ordered regexes, as GPTQModel's `dynamic` has them.
+"""Rules: settings of single linears by ordered regexes, in the form of GPTQModel's `dynamic`.
 
-A name such as `model.layers.0.mlp.down_proj` or `lm_head` is tried against each rule in turn with `re.match`; the first rule that
-matches holds, and the run's own settings where none does.
+The full name of a linear, such as `model.layers.0.mlp.down_proj` or `lm_head`, is matched against the rules in order with
+`re.match`. The first rule that matches applies; where none matches, the run's own settings do.
 """
 
 import difflib
@@ -18,7 +18,7 @@ from jgptq.settings.solver import RULE_OPTIONS, STORED_OPTIONS, SolverConfig
 
 
 def first_match(rules: Iterable[Rule], name: str) -> Rule | None:
-    """The rule that holds for a linear, or None."""
+    """The rule that applies to a linear, or None."""
     return next((rule for rule in rules if re.match(rule.pattern, name)), None)
 
 
@@ -37,16 +37,16 @@ def resolve(config: QuantizeConfig, name: str) -> SolverConfig | None:
 
 
 def rules_from_dynamic(dynamic: Mapping[str, Mapping[str, Any]]) -> tuple[Rule, ...]:
-    """The rules that a `dynamic` dict describes, in its order.
+    """The rules of a `dynamic` dict, in its order.
 
     Args:
       dynamic: `{"-:regex": {}}` skips, `{"+:regex": {"bits": 8}}` or `{"regex": {"bits": 8}}` overrides.
 
     Returns:
-      A rule for each entry.
+      One rule for each entry.
 
     Raises:
-      ConfigError: an entry that is no dict, an unknown key (those known are listed), or what `Rule` refuses.
+      ConfigError: an entry that is no dict, an unknown key (the message lists the known ones), or what `Rule` refuses.
     """
     if not isinstance(dynamic, Mapping):
         raise ConfigError(f'rules must be a dict such as {{"+:regex": {{"bits": 8}}}}, found {dynamic!r}')
@@ -74,13 +74,13 @@ def rules_from_file(path: str | Path) -> tuple[Rule, ...]:
     """The rules of a JSON file that holds a `dynamic` dict.
 
     Raises:
-      ConfigError: no such file, no JSON, a key that is there twice, or what `rules_from_dynamic` refuses.
+      ConfigError: no such file, no JSON, a key that occurs twice, or what `rules_from_dynamic` refuses.
     """
 
     def once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
         if twice := {key for key in keys if keys.count(key) > 1}:
-            raise ConfigError(f"{path}: {', '.join(map(repr, sorted(twice)))} is there twice; keep the one that is meant")
+            raise ConfigError(f"{path}: {', '.join(map(repr, sorted(twice)))} occurs twice; remove one")
         return dict(pairs)
 
     try:
@@ -100,7 +100,9 @@ def rules_from_file(path: str | Path) -> tuple[Rule, ...]:
 
 
 def stored_rules(dynamic: object) -> tuple[Rule, ...]:
-    """The rules of a checkpoint's `dynamic`, as far as its tensors tell of them; later rules of one pattern have no say.
+    """The rules of a checkpoint's `dynamic`, reduced to the options that its tensors depend on.
+
+    Of rules with the same pattern only the first can apply, and only that one is kept.
 
     Raises:
       ConfigError: not a dict of dicts, or a pattern that is no regex.
@@ -118,19 +120,19 @@ def stored_rules(dynamic: object) -> tuple[Rule, ...]:
 
 
 def without_effect(config: QuantizeConfig, names: Sequence[str]) -> list[str]:
-    """A sentence on each rule that holds for none of these linears: why, and the nearest names.
+    """A sentence for each rule that applies to no linear: why, and the nearest names.
 
     Args:
       config: the run's settings.
       names: the full names of all linears that could be quantized.
     """
-    holding = {rule.pattern for name in names if (rule := first_match(config.rules, name)) is not None}
-    found = []
+    applied = {rule.pattern for name in names if (rule := first_match(config.rules, name)) is not None}
+    sentences = []
     for rule in config.rules:
-        if rule.pattern in holding:
+        if rule.pattern in applied:
             continue
         if any(re.match(rule.pattern, name) for name in names):
-            found.append(
+            sentences.append(
                 f"rule {rule.pattern!r} has no effect: rules before it match all that it matches, and the first match wins"
             )
         else:
@@ -140,23 +142,23 @@ def without_effect(config: QuantizeConfig, names: Sequence[str]) -> list[str]:
                 else ""
             )
             nearest = ", ".join(nearest_names(rule.pattern, names))
-            found.append(f"rule {rule.pattern!r} matches no linear of this model; the nearest names are {nearest}.{advice}")
-    return found
+            sentences.append(f"rule {rule.pattern!r} matches no linear of this model; the nearest names are {nearest}.{advice}")
+    return sentences
 
 
 def nearest_names(pattern: str, names: Sequence[str], count: int = 3) -> list[str]:
-    """The names that resemble what a regex spells, best first, one of each kind: the same linear of other blocks is left out."""
-    spelt = re.sub(r"\\[dwsDWSbB]|[\\^$()\[\]{}|?*+]", "", pattern)
+    """The names most similar to the letters of a regex, best first; of the same linear in all blocks, only one."""
+    letters = re.sub(r"\\[dwsDWSbB]|[\\^$()\[\]{}|?*+]", "", pattern)
 
-    def alike(name: str) -> float:
-        return difflib.SequenceMatcher(None, spelt, name, autojunk=False).ratio()
+    def similarity(name: str) -> float:
+        return difflib.SequenceMatcher(None, letters, name, autojunk=False).ratio()
 
     kinds: dict[str, str] = {}
-    for name in sorted(names, key=alike, reverse=True):
+    for name in sorted(names, key=similarity, reverse=True):
         kinds.setdefault(re.sub(r"\d+", "", name), name)
     return list(kinds.values())[:count]
 
 
 def _split(key: str) -> tuple[bool, str]:
-    """Whether a key of a `dynamic` dict skips, and its regex."""
+    """Whether a key of a `dynamic` dict skips the linears, and its regex."""
     return key.startswith("-:"), key[2:] if key.startswith(("+:", "-:")) else key

@@ -1,8 +1,9 @@
-"""Which sizes the packed formats hold."""
+"""The sizes that the packed formats can hold."""
 
 from collections.abc import Sequence
 
 BITS = (2, 3, 4, 8)
+"""Widths of a code."""
 ROW_MULTIPLE = 32
 """K and N of a packed linear, and every group size, are multiples of this: 32 codes fill whole int32 words at any bit width."""
 
@@ -13,7 +14,7 @@ def group_rows(k: int, group_size: int) -> int:
 
 
 def fitting_group_sizes(k_sizes: Sequence[int]) -> list[int]:
-    """The group sizes that divide every K in `k_sizes`, -1 first, then the common ones up to 1024."""
+    """The group sizes that divide every K in `k_sizes`: -1, and the common ones up to 1024."""
     common = (32, 64, 96, 128, 160, 192, 256, 320, 384, 512, 640, 768, 1024)
     return [-1, *(g for g in common if all(k % g == 0 for k in k_sizes))]
 

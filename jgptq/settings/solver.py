@@ -20,80 +20,91 @@ def _check_group_size(value: Any) -> str | None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SolverConfig:
-    """How one linear is solved. Programs are compiled for these settings and for no others.
+    """How one linear is solved: the settings that a compiled program depends on.
 
     Raises:
       ConfigError: a value is not allowed; the message says which are.
     """
 
-    bits: int = option(4, help="Bits of a weight.", values=BITS, rule=True, stored=True)
+    bits: int = option(4, help="Bits of a quantized weight.", values=BITS, rule=True, stored=True)
     group_size: int = option(
         128,
-        help="Rows of K that share a scale: a multiple of 32, or -1 for all of K.",
+        help="In-features of a linear that share a scale: a multiple of 32, or -1 for all of them.",
         check=_check_group_size,
         rule=True,
         stored=True,
     )
     sym: bool = option(
         True,
-        help="Symmetric grid, which every reader serves, or asymmetric, with a zero point for each group.",
+        help="Symmetric grid, which every reader loads; or asymmetric, with a zero point for each group.",
         rule=True,
         stored=True,
         flag="--sym/--asym",
     )
     method: Method = option(
         "gptq",
-        help="gptq; gptaq and qronos, its published asymmetric variants; rtn, round-to-nearest.",
+        help="gptq; gptaq and qronos, published variants of it that also read the float model's activations; rtn, round to "
+        "nearest, without error compensation.",
         values=get_args(Method),
         rule=True,
         published="gptq",
     )
     order: Order = option(
         "group",
-        help="Order of rows: group (by importance inside and among groups), static (by importance, groups kept) and none cost "
-        "nothing when served; desc_act, the classic act-order, needs g_idx.",
+        help="Order in which the in-features of a linear are quantized: group, most important first (largest diagonal entry of "
+        "the Hessian) inside each group and among groups; static, most important first over all, on scales chosen beforehand; "
+        "none, as in the checkpoint; desc_act, as static but with groups formed in that order, the only one that needs g_idx in "
+        "the files and a permutation when served.",
         values=get_args(Order),
         rule=True,
         published="none",
     )
     scale: Scale | None = option(
         None,
-        help="How a group's scale is chosen: minmax covers the weights, mse has the least |error|^2.4, hessian the least squared "
-        "error weighted by diag H. The default is hessian, and minmax for method rtn.",
+        help="How a group's scale is chosen: minmax, so that the grid covers all weights; mse, for the least sum of |error|^2.4; "
+        "hessian, for the least squared error weighted by the Hessian's diagonal. By default hessian, and minmax for method rtn.",
         values=(*get_args(Scale), None),
         published=None,
     )
     target_shift: float = option(
         1.0,
-        help="Fraction of what earlier layers lost in a linear's inputs that the linear makes up for.",
+        help="Which outputs a linear is fitted to: 1, those of the float model; 0, those of its float weights on the inputs that "
+        "the quantized layers before it produce; in between, a mixture.",
         least=0,
         most=1,
         published=0.0,
     )
     residual_shift: float = option(
         1.0,
-        help="The same for what is lost in the residual stream that a linear adds to; method gptq alone.",
+        help="Fraction of the error in the residual stream that a linear which adds to the stream is fitted to cancel; method "
+        "gptq only.",
         least=0,
         most=1,
         published=0.0,
     )
     refine: int = option(
-        0, help="Rounds of coordinate descent over the codes, alternating with re-fitted scales.", least=0, published=0
+        0,
+        help="Rounds of coordinate descent over the codes after the solve, each with a re-fit of the scales.",
+        least=0,
+        published=0,
     )
     refit: bool = option(
         False,
-        help="Re-fit scales and zero points once for the chosen codes; every round of refine does so as well.",
+        help="Re-fit scales and zero points by least squares after the codes are chosen; each round of refine does so as well.",
         published=False,
         flag="--refit/--no-refit",
     )
     damping: float = option(
         0.01,
-        help="Added to the Hessian's diagonal, as a fraction of its mean.",
+        help="Added to the Hessian's diagonal before it is factored, as a fraction of the diagonal's mean; raised automatically, "
+        "and reported, where it does not suffice.",
         above=0,
         most=1,
         advice="the usual value is 0.01",
     )
-    float64: bool = option(False, help="Factor and solve in double precision.", published=False, flag="--float64/--float32")
+    float64: bool = option(
+        False, help="Factor the Hessian and solve in double precision.", published=False, flag="--float64/--float32"
+    )
 
     def __post_init__(self) -> None:
         if wrong := problems(self):
@@ -101,26 +112,26 @@ class SolverConfig:
 
     @property
     def solver(self) -> "SolverConfig":
-        """These settings without those of a subclass, so that nothing is compiled anew for what the solver does not read."""
+        """These settings without those of a subclass: a change of what the solver does not read must not recompile it."""
         if type(self) is SolverConfig:
             return self
         return SolverConfig(**{name: getattr(self, name) for name in options(SolverConfig)})
 
     @property
     def grid_search(self) -> Scale:
-        """How scales are chosen."""
+        """How scales are chosen, the default resolved."""
         if self.scale is not None:
             return self.scale
         return "minmax" if self.method == "rtn" else "hessian"
 
     @property
     def reads_hessian(self) -> bool:
-        """Whether a solve needs a Hessian, and so calibration tokens."""
+        """Whether a solve needs a Hessian, and therefore calibration tokens."""
         return self.method != "rtn" or self.grid_search == "hessian"
 
     @property
     def improves(self) -> bool:
-        """Whether codes or scales are moved again after the loop."""
+        """Whether codes or scales change again after the solver's loop."""
         return self.refit or self.refine > 0
 
     @property
@@ -130,12 +141,12 @@ class SolverConfig:
 
     @property
     def shifts_residual(self) -> bool:
-        """Whether linears that add to the residual stream make up for what it lost."""
+        """Whether linears that add to the residual stream are fitted to cancel its error."""
         return self.method == "gptq" and self.residual_shift > 0
 
 
 RULE_OPTIONS = tuple(name for name, known in options(SolverConfig).items() if known.rule)
-"""What a rule can set."""
+"""The options that a rule can set."""
 
 STORED_OPTIONS = tuple(name for name, known in options(SolverConfig).items() if known.stored)
-"""What a reader of a checkpoint has to know of each linear."""
+"""The options of each linear without which its packed tensors cannot be read."""

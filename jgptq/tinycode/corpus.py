@@ -7,7 +7,7 @@ from typing import Literal
 
 from jgptq.errors import CalibrationError
 
-# Tables and topic texts that are not code, tests that repeat themselves, and what is not the standard library.
+# Folders of tables and texts rather than code, of repetitive tests, and of what is not the standard library.
 _LEFT_OUT = {"test", "tests", "site-packages", "dist-packages", "encodings", "pydoc_data", "__pycache__", "ensurepip"}
 _HELD_OUT_OF = 20
 
@@ -15,8 +15,8 @@ _HELD_OUT_OF = 20
 def stdlib_documents(part: Literal["train", "held_out"]) -> list[str]:
     """The source files of one part, in the order of their paths.
 
-    A file belongs to the held-out part by a hash of its path, so it stays there from one version of Python to the next; one file
-    in 20 is held out.
+    A hash of its path decides which part a file belongs to, so that it is the same in every version of Python; one file in 20 is
+    held out.
 
     Args:
       part: which part.
@@ -25,7 +25,7 @@ def stdlib_documents(part: Literal["train", "held_out"]) -> list[str]:
       Texts of whole files.
 
     Raises:
-      CalibrationError: this interpreter comes without the source of its library.
+      CalibrationError: this interpreter is installed without the source of its library.
     """
     root = Path(sysconfig.get_path("stdlib"))
     documents = []
@@ -38,6 +38,6 @@ def stdlib_documents(part: Literal["train", "held_out"]) -> list[str]:
             documents.append(path.read_text(encoding="utf-8", errors="replace"))
     if not documents:
         raise CalibrationError(
-            f"no Python source under {root}: this interpreter ships its library without it; use a full install"
+            f"no Python source under {root}: this interpreter is installed without it; use a full installation of Python"
         )
     return documents

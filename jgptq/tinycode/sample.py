@@ -1,4 +1,4 @@
-"""Text from the embedded model, to see what it learnt: `python -m jgptq.tinycode.sample "def read_"`."""
+"""Generates text with the embedded model: `python -m jgptq.tinycode.sample "def read_"`."""
 
 import argparse
 
@@ -13,17 +13,17 @@ from jgptq.tinycode import FOLDER, SEQ_LEN
 
 
 def continue_ids(model: Decoder, prompt: list[int], count: int, temperature: float, seed: int) -> list[int]:
-    """Draws tokens one by one, each from the whole text before it; the context is padded to one length, so that it compiles once.
+    """Samples tokens one by one, without a cache. The context is padded to one length, so that it compiles once.
 
     Args:
       model: a decoder.
       prompt: ids to begin with, at least one.
-      count: tokens to add; the text is cut at `SEQ_LEN`.
+      count: tokens to add; the result is at most `SEQ_LEN` tokens long.
       temperature: divides the logits.
-      seed: of the draws.
+      seed: seed of the sampling.
 
     Returns:
-      The prompt and what follows it.
+      The ids of the prompt and of its continuation.
     """
 
     @jax.jit
@@ -44,7 +44,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prompt", nargs="?", default="def read_")
-    parser.add_argument("--model", default=FOLDER, help="a checkpoint with its vocabulary, such as an export of it")
+    parser.add_argument("--model", default=FOLDER, help="a checkpoint with the same vocabulary, such as a quantized export")
     parser.add_argument("--tokens", type=int, default=200)
     parser.add_argument("--temperature", type=float, default=0.7)
     parser.add_argument("--seed", type=int, default=0)

@@ -66,7 +66,7 @@ def train_tokenizer(documents: list[str], folder: Path) -> None:
 
 
 def tokenize(documents: list[str], folder: Path) -> np.ndarray:
-    """All documents as one stream of ids, each behind the token that starts a document."""
+    """All documents as one stream of ids, each preceded by the token that starts a document."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -76,7 +76,7 @@ def tokenize(documents: list[str], folder: Path) -> np.ndarray:
 
 
 def batches(stream: np.ndarray, batch: int, seed: int) -> Iterator[np.ndarray]:
-    """Random crops `[batch, SEQ_LEN + 1]` of the stream, without end."""
+    """Random crops `[batch, SEQ_LEN + 1]` of the stream, an endless iterator."""
     random = np.random.default_rng(seed)
     while True:
         starts = random.integers(0, len(stream) - SEQ_LEN - 1, batch)
@@ -95,10 +95,10 @@ def train(stream: np.ndarray, held_out: np.ndarray, *, steps: int, batch: int, l
     Args:
       stream: int32 ids to train on.
       held_out: int32 ids to report the loss on.
-      steps: updates.
+      steps: number of updates.
       batch: rows in one update.
       learning_rate: peak of the schedule.
-      seed: of the initial parameters and of the order of the rows.
+      seed: seed of the initial parameters and of the order of the rows.
 
     Returns:
       The trained decoder, float32.
@@ -130,7 +130,7 @@ def train(stream: np.ndarray, held_out: np.ndarray, *, steps: int, batch: int, l
 
 
 def _is_matrix(params: nnx.State) -> nnx.State:
-    """What weight decay applies to: not the norms' scales."""
+    """Which parameters weight decay applies to: all but the norms' scales."""
     return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
 
 

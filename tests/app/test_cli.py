@@ -53,7 +53,7 @@ def test_quantize_then_eval(model: Path, calib: str, tmp_path: Path):
     assert re.match(r"perplexity \d+\.\d+ over 383 tokens", output)
 
 
-def test_options_beside_a_preset_win_over_it_and_every_one_is_reachable(tmp_path: Path, model: Path, calib: Path):
+def test_explicit_options_replace_those_of_a_preset_and_all_are_reachable(tmp_path: Path, model: Path, calib: Path):
     options = {"--preset": "best", "--tune": 1, "--refine": 1, "--scale": "mse", "--order": "static", "--method": "gptq"}
     options |= {"--target-shift": 0.5, "--residual-shift": 0.25, "--damping": 0.02}
     flags = [part for option in options.items() for part in option]
@@ -116,7 +116,7 @@ def test_rules_and_the_head_reach_the_files(model: Path, calib: str, tmp_path: P
         (None, "expected a JSON file of rules"),
         ("{", "is not JSON"),
         ("[]", "rules must be a dict"),
-        ('{"a": {}, "a": {"bits": 8}}', "'a' is there twice"),
+        ('{"a": {}, "a": {"bits": 8}}', "'a' occurs twice"),
         ('{"a": {"bit": 8}}', "unknown keys bit; known are bits, group_size"),
         ('{"(": {}}', "'(': missing )"),
         ('{"a": {"bits": 5}}', "rule 'a': bits must be one of"),

@@ -45,30 +45,30 @@ def entries(cache: Path) -> list[Path]:
 
 def test_a_second_process_compiles_nothing(tmp_path: Path):
     first, _ = compiles(tmp_path)
-    second, said = compiles(tmp_path)
+    second, errors = compiles(tmp_path)
     assert (first["hits"], second["misses"]) == (0, 0)
     assert first["misses"] == second["hits"] == len(entries(tmp_path)) > 0
-    assert said == ""
+    assert errors == ""
 
 
-def test_damaged_files_are_said_once_and_replaced(tmp_path: Path):
+def test_damaged_files_are_reported_once_and_replaced(tmp_path: Path):
     compiles(tmp_path)
     for path in entries(tmp_path):
         path.write_bytes(path.read_bytes()[:50])
-    _, said = compiles(tmp_path)
-    assert said.count("warning:") == 1
-    assert "holds damaged files and is emptied" in said
+    _, errors = compiles(tmp_path)
+    assert errors.count("warning:") == 1
+    assert "holds damaged files and is emptied" in errors
     assert entries(tmp_path) == []
     compiles(tmp_path)
     assert compiles(tmp_path) == ({"hits": len(entries(tmp_path)), "misses": 0}, "")
 
 
-def test_a_cache_that_cannot_be_written_is_said_once_and_the_run_goes_through(tmp_path: Path):
+def test_a_cache_that_cannot_be_written_is_reported_once_and_the_run_succeeds(tmp_path: Path):
     (tmp_path / "file").write_text("")
-    _, said = compiles(tmp_path / "file")
-    assert said.count("warning:") == 1
-    assert "cannot be written" in said
-    assert "--no-compile-cache" in said
+    _, errors = compiles(tmp_path / "file")
+    assert errors.count("warning:") == 1
+    assert "cannot be written" in errors
+    assert "--no-compile-cache" in errors
 
 
 def test_the_cache_keeps_to_its_size(tmp_path: Path):
@@ -80,7 +80,7 @@ def test_the_cache_keeps_to_its_size(tmp_path: Path):
 
 
 @pytest.mark.parametrize("flag", ["--compile-cache", "--no-compile-cache"])
-def test_a_command_keeps_its_programs_unless_told_not_to(tmp_path: Path, flag: str):
+def test_a_command_keeps_its_programs_unless_the_cache_is_off(tmp_path: Path, flag: str):
     folder, tokens = tiny.folder(tmp_path / "model"), tmp_path / "tokens.npy"
     np.save(tokens, tiny.tokens(4).reshape(-1))
     command = [sys.executable, "-m", "jgptq.app.cli", "eval", str(folder), "--data", str(tokens), "--seq-len", "16", flag]

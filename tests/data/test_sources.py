@@ -1,4 +1,4 @@
-"""Where texts and ids come from: files, arrays, and datasets by name."""
+"""Sources of texts and ids: files, arrays, and datasets by name."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 from texts import BOS, DOCUMENTS, WIKITEXT, assert_windows, few_rows, table, write
 
-from jgptq.data.sources import PRESETS, Preset
+from jgptq.data.sources import DATASETS, Dataset
 from jgptq.data.tokens import calibration_tokens, evaluation_tokens
 from jgptq.errors import CalibrationError
 
@@ -45,8 +45,8 @@ def test_npy_rows_shorter_than_seq_len_are_refused(tmp_path: Path):
     [
         (np.zeros(4000, np.float32), r"integer ids .*found float32 \[4000\]"),
         (np.zeros(4000, bool), r"integer ids .*found bool"),
-        (np.zeros((2, 3, 4000), np.int32), r"\[T\] or \[M, L\], found int32 \[2, 3, 4000\]"),
-        (np.array(7, np.int32), r"\[T\] or \[M, L\], found int32 \[\]"),
+        (np.zeros((2, 3, 4000), np.int32), r"\[T\] or \[samples, S\], found int32 \[2, 3, 4000\]"),
+        (np.array(7, np.int32), r"\[T\] or \[samples, S\], found int32 \[\]"),
         (np.zeros(0, np.int32), r"no tokens at all"),
         (np.array([5, -100, 7]), r"found -100 to 7"),
         (np.array([5, 2**31]), r"found 5 to 2147483648"),
@@ -164,25 +164,27 @@ LOADS: dict[str, tuple[tuple, dict, dict]] = {
 }
 
 
-def test_every_preset_is_tested():
-    assert set(LOADS) == set(PRESETS)
+def test_every_named_dataset_is_tested():
+    assert set(LOADS) == set(DATASETS)
 
 
 @pytest.mark.parametrize("name", LOADS)
-def test_presets_load_exactly_their_split_and_files(name: str, hub: Callable, tokenizer_folder: Path):
+def test_named_datasets_load_exactly_their_split_and_files(name: str, hub: Callable, tokenizer_folder: Path):
     args, calibration, evaluation = LOADS[name]
-    calls = hub(table(PRESETS[name].field))
+    calls = hub(table(DATASETS[name].field))
     assert calibration_tokens(name, tokenizer_folder, samples=128, seq_len=16).shape == (128, 16)
     assert evaluation_tokens(name, tokenizer_folder).size > 1000
     assert calls == [(args, calibration), (args, evaluation)]
 
 
-def test_a_presets_one_file_and_slice_are_what_datasets_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: Any):
+def test_a_named_datasets_one_file_and_slice_are_what_datasets_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: Any
+):
     for name in ("train-0", "train-1", "validation-0"):
         write(tmp_path / f"{name}.jsonl", [f"{name} {i}" for i in range(10)])
     data_files = {"train": "train-0.jsonl", "validation": "validation-0.jsonl"}
-    preset = Preset(path=str(tmp_path), evaluation="validation[:2]", data_files=data_files, joiner=" ")
-    monkeypatch.setattr("jgptq.data.sources.PRESETS", {"local": preset})
+    dataset = Dataset(path=str(tmp_path), evaluation="validation[:2]", data_files=data_files, joiner=" ")
+    monkeypatch.setattr("jgptq.data.sources.DATASETS", {"local": dataset})
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     datasets.disable_progress_bars()
     assert tokenizer.decode(evaluation_tokens("local", tokenizer)) == "<s>validation-0 0 validation-0 1"
@@ -213,7 +215,7 @@ def test_wikitext_articles_are_the_documents_to_calibrate_on(hub: Callable, toke
     assert len(whole) > 20
     for text in whole:
         number = text.removeprefix(" = Title ").split()[0]
-        # The blank row in front of the next title ends up here, with its joiner.
+        # The blank row before the next title belongs to this document, with its joiner.
         expected = "\n\n".join(articles[int(number)][1:]) + ("\n\n" * 2 if number != "99" else "")
         assert text == expected
 
@@ -257,8 +259,8 @@ def test_datasets_that_cannot_be_fetched_are_named_with_the_cause(hub: Callable,
 
 
 @pytest.mark.parametrize("source", ["wikitxt", "a/b/c", "./rows.csv", 7])
-def test_unknown_sources_are_refused_with_the_presets(source: Any, tokenizer: Any):
-    with pytest.raises(CalibrationError, match=f"unknown source {source!r}; .*{', '.join(PRESETS)}"):
+def test_unknown_sources_are_refused_with_the_named_datasets(source: Any, tokenizer: Any):
+    with pytest.raises(CalibrationError, match=f"unknown source {source!r}; .*{', '.join(DATASETS)}"):
         calibration_tokens(source, tokenizer)
 
 

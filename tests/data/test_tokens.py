@@ -1,4 +1,4 @@
-"""Calibration and evaluation tokens: the sampling, the tokenizer, and what is refused."""
+"""Calibration and evaluation tokens: sampling, tokenizers, and errors."""
 
 import logging
 from collections.abc import Callable
@@ -81,7 +81,7 @@ def test_tokenizing_stops_when_there_are_twice_the_tokens_asked_for(tokenizer: A
     documents = [f"{i:09d}" for i in range(5000)]  # 10 tokens each
     calibration_tokens(documents, counting, samples=128, seq_len=25)
     assert 640 <= len(texts) < 640 + 64
-    assert sorted(texts) != documents[: len(texts)], "the documents are those in front, not random ones"
+    assert sorted(texts) != documents[: len(texts)], "the first documents were taken, not random ones"
 
 
 def test_blank_and_null_documents_add_nothing(hub: Callable, tokenizer: Any):
@@ -158,9 +158,9 @@ def test_ids_of_the_vocabulary_pass():
     check_tokens(np.array([[0, 31], [5, 6]], np.int32), 32, "ids")
 
 
-@pytest.mark.parametrize(("ids", "found"), [([0, 32, 40, 7], "2 of 4 .* 0 to 40"), ([-1, 5, 31], "1 of 3 .* -1 to 31")])
-def test_ids_outside_the_vocabulary_are_counted(ids: list[int], found: str):
-    with pytest.raises(CalibrationError, match=rf"calib\.npy: .* in \[0, 32\).* found {found}; is the tokenizer another"):
+@pytest.mark.parametrize(("ids", "outside"), [([0, 32, 40, 7], "2 of 4 .* 0 to 40"), ([-1, 5, 31], "1 of 3 .* -1 to 31")])
+def test_ids_outside_the_vocabulary_are_counted(ids: list[int], outside: str):
+    with pytest.raises(CalibrationError, match=rf"calib\.npy: .* in \[0, 32\).* found {outside}; is the tokenizer another"):
         check_tokens(np.array(ids, np.int32), 32, "calib.npy")
 
 

@@ -1,4 +1,4 @@
-"""Rules: what they say of a name, and which are refused or warned of."""
+"""Rules: the settings they give to a name, errors and warnings."""
 
 import json
 import re
@@ -94,7 +94,7 @@ def test_rules_that_cannot_be_used_are_refused(dynamic: Any, message: str):
 
 
 @pytest.mark.parametrize(
-    ("dynamic", "names", "found"),
+    ("dynamic", "names", "sources"),
     [
         (
             {".*q_proj": {"bits": 8}},
@@ -109,12 +109,12 @@ def test_rules_that_cannot_be_used_are_refused(dynamic: Any, message: str):
         ),
     ],
 )
-def test_linears_that_are_fused_must_agree(dynamic: dict, names: str, found: str):
-    with pytest.raises(ConfigError, match=rf"(?s){names}.*different settings.*readers fuse them.*{found}"):
+def test_linears_that_are_fused_must_agree(dynamic: dict, names: str, sources: str):
+    with pytest.raises(ConfigError, match=rf"(?s){names}.*different settings.*readers fuse them.*{sources}"):
         jgptq.quantize(tiny.decoder(), tiny.tokens(), group_size=32, rules=dynamic)
 
 
-def test_rules_that_differ_and_say_the_same_agree():
+def test_rules_that_differ_in_form_but_not_in_settings_agree():
     rules = {".*q_proj": {"bits": 8}, ".*[kv]_proj": {"bits": 8, "group_size": 32}}
     quantized, _ = jgptq.quantize(tiny.decoder(), method="rtn", group_size=32, rules=rules)
     assert [getattr(quantized.layers[1].self_attn, f"{name}_proj").kernel.get_value().bits for name in "qkvo"] == [8, 8, 8, 4]
@@ -142,7 +142,7 @@ def test_a_rule_that_matches_nothing_is_warned_of_with_the_nearest_names():
             jgptq.quantize(tiny.decoder(), method="rtn", group_size=32, rules={pattern: {"bits": 8}})
 
 
-def test_a_rule_that_is_never_reached_and_one_on_the_head_say_why():
+def test_warnings_of_a_rule_that_is_never_reached_and_of_one_on_the_head_give_the_reason():
     names = [DOWN, "model.layers.0.mlp.up_proj"]
     config = QuantizeConfig(rules=rules_from_dynamic({".*proj": {}, ".*down": {"bits": 8}, "lm_head": {"bits": 8}}))
     shadowed, head = without_effect(config, names)

@@ -1,4 +1,4 @@
-"""What a folder says of the run that made it."""
+"""The settings of a run, as a folder records them."""
 
 import json
 

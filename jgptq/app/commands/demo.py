@@ -1,4 +1,4 @@
-"""`jgptq demo`: float, round-to-nearest and GPTQ side by side, and an export read back."""
+"""`jgptq demo`: compares float, round-to-nearest and GPTQ, and loads an export again."""
 
 from pathlib import Path
 from typing import Annotated

@@ -26,7 +26,7 @@ def quantize(
     preset: Annotated[
         str,
         typer.Option(
-            help="fast, balanced or best: more time for less loss, at no cost when served. The other options win over it."
+            help="fast, balanced or best: more time for less loss, at no cost when served. Other options replace its values."
         ),
     ] = "balanced",
     rules: Annotated[
@@ -35,13 +35,13 @@ def quantize(
     ] = None,
     samples: Annotated[int, typer.Option(help="Calibration samples.")] = 512,
     seq_len: SeqLen = 2048,
-    seed: Annotated[int, typer.Option(help="Seed of the choice of samples.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the random choice of samples.")] = 0,
     dtype: Dtype = "auto",
     batch_size: Annotated[
-        int | None, typer.Option(help="Samples run at once; by default about 4096 tokens' worth, 1024 on a CPU.")
+        int | None, typer.Option(help="Samples in a batch; by default as many as hold 4096 tokens, on a CPU 1024.")
     ] = None,
     file_format: Annotated[str, typer.Option("--format", help="gptq (v1, symmetric) or gptq_v2.")] = "gptq",
-    max_shard_size: Annotated[str, typer.Option(help="Size of one file at most.")] = "5GB",
+    max_shard_size: Annotated[str, typer.Option(help="Maximum size of one file.")] = "5GB",
     overwrite: Annotated[bool, typer.Option(help="Replace OUT, or an unfinished run of other settings, if it exists.")] = False,
     cache: CompileCache = True,
     **given: Any,

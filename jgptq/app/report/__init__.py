@@ -1,4 +1,4 @@
-"""What a person looks at."""
+"""Reports for people."""
 
 from jgptq.app.report.table import Variant, comparison_table, linear_table
 

@@ -24,7 +24,7 @@ class Variant:
 
 
 def comparison_table(title: str, variants: Sequence[Variant]) -> Table:
-    """A table of variants, the excess of each over the first row's perplexity beside it."""
+    """A table of variants, with the excess of each perplexity over that of the first row, in percent."""
     from rich.table import Table
 
     table = Table(title=title)
@@ -40,7 +40,7 @@ def comparison_table(title: str, variants: Sequence[Variant]) -> Table:
 
 
 def linear_table(report: Report) -> Table:
-    """A row per linear: loss beside that of round-to-nearest, damping, tokens, seconds, and what there is to say."""
+    """A row per linear: its loss and that of round-to-nearest, damping, tokens, seconds, and a note."""
     from rich.table import Table
 
     table = Table(title=f"{report.config.bits} bit, group {report.config.group_size}, {report.config.method}")
