@@ -19,7 +19,7 @@ from jgptq.solver.hessian import accumulate, empty, hessian
 from jgptq.solver.linalg import triangular
 from jgptq.solver.linalg.cholesky import damped_factor
 from jgptq.solver.linalg.triangular import lower_factor
-from jgptq.solver.order import row_order
+from jgptq.solver.sequence import row_sequence
 
 K, N, T = 192, 40, 600
 
@@ -88,7 +88,7 @@ def test_losses_are_the_trace_with_the_undamped_hessian(problem):
 def test_group_order_equals_solving_the_permuted_problem(problem, group_size: int):
     w_kn, h_kk = problem
     rows = K if group_size == -1 else group_size
-    order = row_order("group", jnp.diagonal(jnp.asarray(h_kk)), rows)
+    order = row_sequence("group", jnp.diagonal(jnp.asarray(h_kk)), rows)
     permuted = np.asarray(order.rows_k)
     found = np.asarray(solved(problem, group_size=group_size, order="group").dequantize())
     expected = oracles.obq_fixed_order(w_kn[permuted], h_kk[np.ix_(permuted, permuted)], 4, rows, True, damping=0.01)
@@ -98,7 +98,7 @@ def test_group_order_equals_solving_the_permuted_problem(problem, group_size: in
 @given(st.lists(st.floats(0, 100, width=32, allow_subnormal=False), min_size=96, max_size=96))
 def test_group_order_keeps_groups_whole_and_puts_the_important_first(diag: list[float]):
     values = np.asarray(diag, np.float32)
-    order = row_order("group", jnp.asarray(values), 32)
+    order = row_sequence("group", jnp.asarray(values), 32)
     rows = np.asarray(order.rows_k)
     assert sorted(rows) == list(range(96))
     np.testing.assert_array_equal(rows.reshape(3, 32) // 32, np.repeat(np.asarray(order.groups_g)[:, None], 32, axis=1))
@@ -271,8 +271,8 @@ def test_a_group_of_zeros_stays_zero():
         ({"method": "awq"}, "method must be one of"),
         ({"order": "descending"}, "order must be one of"),
         ({"scale": "max"}, "scale must be one of"),
-        ({"target_shift": 1.5}, "target_shift must be in"),
-        ({"refine": -1}, "refine must not be negative"),
+        ({"target_shift": 1.5}, "target_shift must be a number in"),
+        ({"refine": -1}, "refine must be a whole number in"),
         ({"damping": 0.0}, "damping"),
     ],
 )

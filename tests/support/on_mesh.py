@@ -14,7 +14,7 @@ from jgptq.solver import Solution
 from jgptq.solver.mesh import cholesky as slab_cholesky
 from jgptq.solver.mesh import sharded, slabs
 from jgptq.solver.mesh.axes import by_columns, by_tokens, make_mesh
-from jgptq.solver.order import row_order
+from jgptq.solver.sequence import row_sequence
 
 MESHES = ((8, 1), (2, 4), (1, 8), (4, 2))
 K, N, T = 320, 44, 603  # none is a multiple of eight panels, columns or tokens
@@ -115,7 +115,7 @@ def programs() -> dict[str, np.ndarray]:
         total = slabs.SlabSum(h, jnp.int32(0))
         h_tk = jax.ShapeDtypeStruct((64, k), jnp.bfloat16, sharding=by_tokens(mesh))
         w_kn = jax.ShapeDtypeStruct((k, 256), jnp.float32, sharding=by_columns(mesh))
-        order, u_cbb = row_order("none", jnp.ones(k), 128), jnp.ones((k // 128, 128, 128))
+        order, u_cbb = row_sequence("none", jnp.ones(k), 128), jnp.ones((k // 128, 128, 128))
         prepared = sharded.ShardedPrepared(h, h, u_cbb, order, jnp.ones(k), jnp.float32(0.01), jnp.int32(0))
         for name, lowered in {
             "accumulate": slabs.accumulate.lower(total, h_tk),
