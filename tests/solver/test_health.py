@@ -7,7 +7,7 @@ from problems import METHODS, Problem, T, solved
 
 from jgptq.errors import ConfigError
 from jgptq.settings.run import QuantizeConfig
-from jgptq.solver import Outcome, prepare, solve, solve_columns, solve_many
+from jgptq.solver import Outcome, prepare, solve, solve_many
 
 
 @pytest.mark.parametrize("name", list(METHODS))
@@ -71,18 +71,6 @@ def test_shapes_that_do_not_agree_are_named():
         prepare(jnp.ones((64, 32)), SINGLE)
     with pytest.raises(ConfigError, match="expected a kernel of K=64 in-features, as the Hessian has, found K=32"):
         solve(jnp.ones((32, 8)), jnp.eye(64), SINGLE)
-    with pytest.raises(ConfigError, match=r"expected a kernel of K=64 .* found K=32"):
-        solve_columns(jnp.ones((32, 8)), prepare(jnp.eye(64), SINGLE), SINGLE)
-    with pytest.raises(ConfigError, match=r"expected a drift of K=64 .* found K=32"):
-        solve(jnp.ones((64, 8)), jnp.eye(64), SINGLE, drift_kk=jnp.eye(32))
-    with pytest.raises(ConfigError, match=r"expected a residual of K=64 .* found K=32"):
-        solve_columns(jnp.ones((64, 8)), prepare(jnp.eye(64), SINGLE), SINGLE, jnp.ones((32, 8)))
-
-
-def test_a_hessian_without_a_factor_serves_round_to_nearest_alone():
-    rtn = QuantizeConfig(group_size=32, method="rtn")
-    with pytest.raises(ConfigError, match="prepared for method 'rtn', without a factor"):
-        solve_columns(jnp.ones((64, 8)), prepare(jnp.eye(64), rtn), SINGLE)
 
 
 def test_double_precision_says_what_switches_it_on():

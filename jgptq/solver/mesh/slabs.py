@@ -209,7 +209,7 @@ def own_columns(a_rp: Float[jax.Array, "R P"], width: int) -> Float[jax.Array, "
 
 def first_column(width: int) -> jax.Array:
     """Where in the whole matrix the slab of this device begins."""
-    return jax.lax.axis_index(sharding.ALL) * width
+    return jnp.asarray(jax.lax.axis_index(sharding.ALL), int) * width
 
 
 def permuted(
