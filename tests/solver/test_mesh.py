@@ -68,14 +68,14 @@ def test_sums_in_slabs_are_the_dense_ones_and_their_padding_is_dead(found, dense
 
 @pytest.mark.parametrize("name", FACTORED)
 def test_factor_in_slabs_is_the_dense_one_and_each_device_holds_an_eighth(found, dense: Means, name: str):
-    mesh, case = CASES[name]
+    _, case = CASES[name]
     l_pp, k = found[f"{name}/factor"], on_mesh.K
     with jax.enable_x64(case.get("float64", False)):
         expected = backwards(prepare(dense.h_kk, on_mesh.config_of(case), dense.drift_kk).factor)
         np.testing.assert_allclose(l_pp[:k, :k], expected, rtol=1e-3, atol=1e-5 * float(expected.max()))
     np.testing.assert_array_equal(np.triu(l_pp, 1), 0)
     assert not l_pp[k:, :k].any()
-    np.testing.assert_array_equal(found[f"{mesh}/shard"], [len(l_pp), len(l_pp) // 8])
+    np.testing.assert_array_equal(found[f"{name}/shard"], [len(l_pp), len(l_pp) // 8])
 
 
 # A weight half-way between two codes may fall either way, as sums are added up in another order.
@@ -159,8 +159,8 @@ MOST_SLABS = {"accumulate": 4.5, "accumulate drift": 4.5, "factor": 4.5, "solve 
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_no_device_holds_the_whole_matrix(found, program: str):
-    for k in (2048, 4096):
-        assert not found[f"{program}/{k}/whole"]
+    compiled = [4096] if program in on_mesh.PROGRAMS else [2048, 4096]
+    assert not any(found[f"{program}/{k}/whole"] for k in compiled)
     assert found[f"{program}/4096/slabs"] < MOST_SLABS.get(program, 6.0)
 
 

@@ -1,10 +1,7 @@
 """The solver against the textbook: numpy float64, one weight at a time."""
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import oracles
@@ -13,10 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jgptq.errors import ConfigError
-from jgptq.settings.rule import Rule
 from jgptq.settings.run import QuantizeConfig
-from jgptq.settings.solver import SolverConfig
-from jgptq.solver import Outcome, judge_columns, prepare, round_to_nearest, solve, solve_columns, solve_many
+from jgptq.solver import Outcome, round_to_nearest, solve
 from jgptq.solver.compensate import solver_block
 from jgptq.solver.grid import minmax_grid
 from jgptq.solver.hessian import accumulate, empty, hessian
@@ -117,69 +112,6 @@ def test_wide_solve_equals_separate_solves(problem):
     left = solve(jnp.asarray(w_kn[:, :8]), jnp.asarray(h_kk), QuantizeConfig(bits=4, group_size=32, scale="minmax"))
     np.testing.assert_array_equal(wide.codes_kn[:, :8], left.codes_kn)
     np.testing.assert_array_equal(wide.scale_gn[:, :8], left.scale_gn)
-
-
-@contextlib.contextmanager
-def compilations() -> Iterator[list[str]]:
-    """An event for each program that is compiled meanwhile."""
-    events: list[str] = []
-
-    def saw(event: str, _: float, **__: object) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            events.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(saw)
-    try:
-        yield events
-    finally:
-        jax.monitoring.unregister_event_duration_listener(saw)
-
-
-def test_second_matrix_of_a_shape_compiles_nothing(problem):
-    w_kn, h_kk = problem
-    other, config = (jnp.asarray(w_kn * 2), jnp.asarray(h_kk * 3)), QuantizeConfig(bits=4, group_size=64, scale="minmax")
-    jax.clear_caches()
-    with compilations() as first:
-        solved(problem, bits=4, group_size=64)
-    with compilations() as second:
-        solve(*other, config)
-    assert first
-    assert not second
-
-
-def test_settings_that_the_solver_does_not_read_compile_nothing(problem):
-    w_kn, h_kk = (jnp.asarray(part) for part in problem)
-    used = SolverConfig(group_size=64, scale="minmax")
-    run = QuantizeConfig(group_size=64, scale="minmax")
-    rules = (Rule(pattern="x", bits=3),)
-    jax.clear_caches()
-
-    def all_of_them(config: SolverConfig) -> None:
-        prepared = prepare(h_kk, config)
-        solve_columns(w_kn, prepared, config)
-        judge_columns(w_kn, prepared, config)
-        round_to_nearest(w_kn, config)
-        solve_many(w_kn[None], h_kk[None], config)
-
-    with compilations() as first:
-        all_of_them(used)
-    with compilations() as second:
-        for config in (run, *(dataclasses.replace(run, **{name: value}) for name, value in (("tune", 1.0), ("rules", rules)))):
-            all_of_them(config)
-        all_of_them(dataclasses.replace(run, allow_rtn_fallback=True, lm_head=True))
-    assert first
-    assert not second
-
-
-def test_a_factorization_takes_the_memory_of_two_matrices_and_a_mask():
-    """The ordered Hessian, which becomes the factor; one more for a second attempt; and a mask of a byte an entry."""
-    k = 512
-    operands = jax.ShapeDtypeStruct((k, k), jnp.float32), jax.ShapeDtypeStruct((k,), jnp.int32)
-    factored = jax.jit(lambda h_kk, rows_k: damped_factor(h_kk, 0.01, rows_k))
-    memory = factored.lower(*operands).compile().memory_analysis()
-    assert memory.temp_size_in_bytes < 1.5 * 4 * k * k
-    h_kk = jnp.eye(k)
-    assert prepare(h_kk, QuantizeConfig()).h_kk is h_kk
 
 
 @settings(max_examples=30)
