@@ -31,6 +31,7 @@ import jax.numpy as jnp
 from aot import topology
 from common import circumstances, write_result
 from jax.sharding import Mesh, NamedSharding
+from jgptq.solver.order import row_order
 
 from jgptq.settings.run import QuantizeConfig
 from jgptq.solver import Solution, solve
@@ -38,7 +39,6 @@ from jgptq.solver import hessian as dense
 from jgptq.solver.compensate import solver_block
 from jgptq.solver.mesh import sharded, slabs
 from jgptq.solver.mesh.axes import by_columns, by_tokens, make_mesh, replicated
-from jgptq.solver.order import row_order
 
 K, N, TOKENS = 53248, 16384, 8 * 4096
 LIMIT_GB = 6.0

@@ -20,9 +20,8 @@ from jgptq.models.packed import PackedTensor, pack
 from jgptq.notation import Array, Float, Int
 from jgptq.settings.sizes import ROW_MULTIPLE
 from jgptq.settings.solver import SolverConfig
-from jgptq.solver import Prepared, judge_columns, prepare, round_to_nearest
-from jgptq.solver.drift import StageSums, mean_drift
-from jgptq.solver.hessian import hessian
+from jgptq.solver import ONE_DEVICE, Placement, Prepared, judge_columns, prepare, round_to_nearest
+from jgptq.solver.drift import StageSums
 
 Part = TypeVar("Part", jax.Array, np.ndarray)
 _CPU_COLUMNS = 4096
@@ -42,7 +41,9 @@ class SolvedStage(NamedTuple):
     """The linears of a stage, in its order."""
 
     linears: list[SolvedLinear]  # in host memory
-    kernels: list[Float[jax.Array, "K N"]]  # what the model goes on with: expanded, in the dtype that it computes in
+    kernels: list[
+        Float[jax.Array, "K N"]
+    ]  # what the model computes with from here on: expanded, in the dtype that it computes in
     damping: Float[jax.Array, ""]
     outcome: Int[Array, ""]  # the worst of the tiles, an `Outcome`
 
@@ -79,17 +80,26 @@ class PreparedStage(NamedTuple):
     residual_kd: Float[jax.Array, "K D"] | None
 
 
-def prepare_stage(total: StageSums, config: SolverConfig) -> PreparedStage:
-    """The Hessian of the sums, prepared for all columns that read what was summed."""
+def prepare_stage(total: StageSums, config: SolverConfig, placement: Placement = ONE_DEVICE) -> PreparedStage:
+    """The Hessian of the sums, prepared for all columns that read what was summed.
+
+    Args:
+      total: from `placement.empty_sums` and `placement.accumulate`.
+      config: the solver's settings, or a run's.
+      placement: where the sums lie, and where the columns are solved.
+
+    Returns:
+      What `solve_stage` takes.
+    """
     with _precision(config):
-        return _prepare_stage(total, config)
+        return _prepare_stage(total, config.solver, placement)
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def _prepare_stage(total: StageSums, config: SolverConfig) -> PreparedStage:
-    drift_kk, residual_kd = (None, None) if total.drift is None else mean_drift(total.drift)
-    shared = prepare(hessian(total.hessian), config, drift_kk)
-    return PreparedStage(shared, residual_kd if config.shifts_residual else None)
+@functools.partial(jax.jit, static_argnames=("config", "placement"))
+def _prepare_stage(total: StageSums, config: SolverConfig, placement: Placement) -> PreparedStage:
+    means = placement.means(total)
+    shared = prepare(means.h_kk, config, means.drift_kk, placement=placement)
+    return PreparedStage(shared, means.residual_kn if config.shifts_residual else None)
 
 
 def _precision(config: SolverConfig) -> contextlib.AbstractContextManager[object]:
@@ -108,8 +118,9 @@ def solve_stage(
 
     Args:
       kernels: `[K, N_i]`, of any float dtype.
-      prepared: from `prepare_stage`; None only for method "rtn", whose losses are then NaN.
-      config: the run's settings.
+      prepared: from `prepare_stage`, with the placement that it was given; None only for round-to-nearest without tokens, whose
+        losses are then NaN.
+      config: the solver's settings, or a run's.
       columns: width of a tile, from `tile_columns`.
       dtype: of the expanded kernels.
 
@@ -122,7 +133,7 @@ def solve_stage(
     residuals = [None] * len(starts) if residual_kd is None else _cut((residual_kd,), starts, columns)
     with _precision(config):
         tiles = [
-            _solve_tile(tile, shared, residual_kn, config, dtype)
+            _solve_tile(tile, shared, residual_kn, config.solver, dtype)
             for tile, residual_kn in zip(_cut(kernels, starts, columns), residuals, strict=True)
         ]
     return SolvedStage(
@@ -175,7 +186,7 @@ def _cut(kernels: tuple[jax.Array, ...], starts: tuple[int, ...], columns: int) 
 def _join(tiles: list[SolvedLinear], starts: tuple[int, ...], widths: tuple[int, ...]) -> list[SolvedLinear]:
     """The linears that tiles were cut from."""
     k, columns = tiles[0].packed.shape
-    order = tiles[0].packed.order
+    index_k = tiles[0].packed.order
     tiles = [tile._replace(packed=dataclasses.replace(tile.packed, order=None)) for tile in tiles]
     parts = [
         _resplit(np.concatenate, leaves, starts, widths, columns) for leaves in zip(*map(jax.tree.leaves, tiles), strict=True)
@@ -183,7 +194,7 @@ def _join(tiles: list[SolvedLinear], starts: tuple[int, ...], widths: tuple[int,
     linears = [jax.tree.unflatten(jax.tree.structure(tiles[0]), part) for part in zip(*parts, strict=True)]
     shapes = [(k, width) for width in widths]
     return [
-        linear._replace(packed=dataclasses.replace(linear.packed, order=order, shape=shape))
+        linear._replace(packed=dataclasses.replace(linear.packed, order=index_k, shape=shape))
         for linear, shape in zip(linears, shapes, strict=True)
     ]
 

@@ -1,12 +1,12 @@
-"""Sums over tokens of how far the quantized model has drifted from the float one, beside the Hessian of the same inputs."""
+"""Sums over tokens of how far the quantized model has drifted from the float one, next to the Hessian of the same inputs."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jgptq.notation import Float, Int
-from jgptq.solver.hessian import HessianSum
+from jgptq.solver.checks import checked_batch
 
 
 class DriftSum(NamedTuple):
@@ -22,10 +22,10 @@ class DriftSum(NamedTuple):
 
 
 class StageSums(NamedTuple):
-    """What is summed over the tokens that linears read."""
+    """What is summed over the tokens that linears read, in the form of a placement: on one device these, in slabs on a mesh."""
 
-    hessian: HessianSum
-    drift: DriftSum | None  # None where no solve looks at the float model
+    hessian: Any  # a HessianSum
+    drift: Any  # a DriftSum; None where no solve looks at the float model
 
 
 def empty_drift(k: int, width: int | None) -> DriftSum:
@@ -37,8 +37,8 @@ def empty_drift(k: int, width: int | None) -> DriftSum:
 def accumulate_drift(
     total: DriftSum,
     h: Float[jax.Array, "*batch K"],
-    h_float: Float[jax.Array, "*batch K"],
-    lost: Float[jax.Array, "*batch D"],
+    h_float: Float[jax.Array, "*batch K"] | None,
+    lost: Float[jax.Array, "*batch D"] | None,
 ) -> DriftSum:
     """Adds a batch; the differences are taken in float32 and multiplied in the dtype of `h`, accumulated in float32.
 
@@ -50,12 +50,16 @@ def accumulate_drift(
 
     Returns:
       The new sums.
+
+    Raises:
+      ConfigError: K is not that of the sums, or what they are sums of is missing.
     """
+    h_float, lost = checked_batch(h, h_float, lost, k=total.inputs_kk.shape[0], residual=total.residual_kd is not None)
     off = (h_float.astype(jnp.float32) - h.astype(jnp.float32)).astype(h.dtype)
     # Tokens last in both operands, as in the Hessian's sum.
     h_kt, off_kt = jax.lax.optimization_barrier((h.reshape(-1, h.shape[-1]).T, off.reshape(-1, h.shape[-1]).T))
     residual_kd = total.residual_kd
-    if residual_kd is not None:
+    if residual_kd is not None and lost is not None:
         lost_dt = jax.lax.optimization_barrier(lost.astype(h.dtype).reshape(-1, lost.shape[-1]).T)
         residual_kd = residual_kd + _outer(h_kt, lost_dt)
     return DriftSum(total.inputs_kk + _outer(h_kt, off_kt), residual_kd, total.tokens + h_kt.shape[1])

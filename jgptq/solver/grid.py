@@ -1,11 +1,13 @@
 """The integer grid of a group: its scale and zero point, how they are chosen, and round-to-nearest on it."""
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jgptq.notation import Float
+from jgptq.notation import Float, UInt8
+from jgptq.settings.sizes import group_rows
 from jgptq.settings.solver import Scale
 from pallas_kernels import Arithmetic
 from pallas_kernels.gptq_block.reference import PLAIN
@@ -20,6 +22,24 @@ class Grid(NamedTuple):
 
     scale_n: Float[jax.Array, "*groups N"]  # each exactly a float16, as files hold it
     zero_n: Float[jax.Array, "*groups N"]  # integers in 0..2^bits-1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GridSpec:
+    """Which grids a group may have, and how one is chosen."""
+
+    bits: int
+    sym: bool
+    scale: Scale
+
+    def search(
+        self,
+        w_rn: Float[jax.Array, "*groups R N"],
+        weight_r: Float[jax.Array, "*groups R"] | None,
+        arithmetic: Arithmetic = PLAIN,
+    ) -> Grid:
+        """`search_grid` with these settings: a `pallas_kernels.Search`."""
+        return search_grid(w_rn, weight_r, arithmetic, bits=self.bits, sym=self.sym, scale=self.scale)
 
 
 def minmax_grid(w_rn: Float[jax.Array, "*groups R N"], bits: int, sym: bool) -> Grid:
@@ -107,6 +127,26 @@ def nearest_codes(
     """The code of the nearest grid point of each weight, `clip(round(w / scale) + zero, 0, 2^bits - 1)`, as floats."""
     scale, zero = grid.scale_n[..., None, :], grid.zero_n[..., None, :]
     return jnp.clip(arithmetic.round(arithmetic.divide(w_rn, scale)) + zero, 0, 2**bits - 1)
+
+
+def round_groups(
+    w_kn: Float[jax.Array, "K N"], spec: GridSpec, group_size: int, weight_k: Float[jax.Array, " K"] | None
+) -> tuple[UInt8[jax.Array, "K N"], Grid]:
+    """Round-to-nearest.
+
+    Args:
+      w_kn: `[K, N]`; groups are runs of rows.
+      spec: which grids, and how they are searched.
+      group_size: rows in a group, -1 for all of K.
+      weight_k: the diagonal of H; only a search with it reads it.
+
+    Returns:
+      Codes, and grids `[G, N]`.
+    """
+    rows = group_rows(w_kn.shape[0], group_size)
+    w_grn = w_kn.reshape(-1, rows, w_kn.shape[1])
+    grid = spec.search(w_grn, None if weight_k is None else weight_k.reshape(-1, rows))
+    return nearest_codes(w_grn, grid, spec.bits).astype(jnp.uint8).reshape(w_kn.shape), grid
 
 
 def grid_points(

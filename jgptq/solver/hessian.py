@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jgptq.notation import Float, Int
+from jgptq.solver.checks import check_k
 
 _PANELS = 4
 
@@ -37,8 +38,12 @@ def accumulate(total: HessianSum, h: Float[jax.Array, "*batch K"]) -> HessianSum
 
     Returns:
       The new sum.
+
+    Raises:
+      ConfigError: K is not that of the sum.
     """
     k = h.shape[-1]
+    check_k("activations", k, sum(tile.shape[1] for tile in total.tiles[0]), "the sum")
     # Both operands with tokens as their last axis is the form that is multiplied fastest in bfloat16; without the barrier XLA
     # would fold the transposition back into the products.
     h_kt = jax.lax.optimization_barrier(h.reshape(-1, k).T)

@@ -1,6 +1,6 @@
 """Coordinate descent over the codes, alternating with scales and zero points re-fitted for them.
 
-The solver's sequence is greedy: a row's code is never looked at again. Here every code is, with all others held, and then the
+The solver's loop is greedy: it never returns to a row's code. Here every code is chosen again with all others held, and then the
 scale and zero point of its group. The loss cannot rise; see `refine`.
 """
 
@@ -14,7 +14,9 @@ from jgptq.notation import Float
 from jgptq.settings.sizes import ROW_MULTIPLE
 from jgptq.solver.compensate import solver_block
 from jgptq.solver.grid import Grid, storable
-from jgptq.solver.linalg.triangular import product
+from jgptq.solver.linalg.triangular import product, transposed
+from jgptq.solver.one_device import WholeMatrix
+from jgptq.solver.placement import Matrix
 
 _STEP = ROW_MULTIPLE
 SWEEPS = 2
@@ -32,9 +34,9 @@ def refine(
     codes_kn: Float[jax.Array, "K N"],
     grid: Grid,
     target_kn: Float[jax.Array, "K N"],
-    h_kk: Float[jax.Array, "K K"],
+    h: Matrix,
     *,
-    rows: int,
+    group_size: int,
     rounds: int,
     bits: int,
     sym: bool,
@@ -44,17 +46,17 @@ def refine(
 
     With the residual gradient `R = H (W - Q)`, code j moves to the nearest grid point of `q_j + R_j / H_jj` and
     `R -= H[:, j] dq_j`: the exact minimum over one code (cyclic coordinate descent, as in QuantEase, arXiv 2309.01885). After
-    the sweeps of a group its grid is re-fitted for the codes found, the others held: with a = code - zero,
+    the sweeps of a group its grid is re-fitted for its new codes, all others held: with a = code - zero,
     `s = a^T (R_g + H_gg q_g) / (a^T H_gg a)`, for every zero point where the grid is asymmetric; the scale is rounded to the
     file's float16 first, and kept only if the loss is lower with it so rounded. So no step raises the loss, and groups that come
     later make up for the rounding of scales of those before.
 
     Args:
-      codes_kn: integers `[K, N]`; groups are runs of `rows` rows.
+      codes_kn: integers `[K, N]`; groups are runs of rows.
       grid: scales and zero points `[G, N]`.
       target_kn: W, `[K, N]`.
-      h_kk: the damped Hessian, in the same sequence of rows.
-      rows: rows in a group.
+      h: the damped Hessian, symmetric, in the same sequence of rows.
+      group_size: rows in a group; divides K.
       rounds: passes over all groups.
       bits: width of a code.
       sym: whether zero points stay where they are.
@@ -64,45 +66,47 @@ def refine(
       Codes and grids.
     """
     k = target_kn.shape[0]
-    block = solver_block(k, rows)
-    part = min(rows, block)  # rows on one grid within a block
+    block = solver_block(k, group_size)
+    part = min(group_size, block)  # rows on one grid within a block
 
-    def run_block(index: jax.Array, carry: tuple[Refined, jax.Array]) -> tuple[Refined, jax.Array]:
-        found, gradient_kn = carry
+    def refine_block(index: jax.Array, carry: tuple[Refined, jax.Array]) -> tuple[Refined, jax.Array]:
+        refined, gradient_kn = carry
         start = (index % (k // block)) * block
-        h_bb = jax.lax.dynamic_slice(h_kk, (start, start), (block, block))
-        codes_bn = jax.lax.dynamic_slice_in_dim(found.codes_kn, start, block)
+        h_bk = h.rows(start, block)
+        h_bb = jax.lax.dynamic_slice_in_dim(h_bk, start, block, axis=1)
+        codes_bn = jax.lax.dynamic_slice_in_dim(refined.codes_kn, start, block)
         gradient_bn = jax.lax.dynamic_slice_in_dim(gradient_kn, start, block)
-        of_block = jax.tree.map(lambda all_gn: jax.lax.dynamic_slice_in_dim(all_gn, start // rows, block // part), found.grid)
+        group = start // group_size
+        of_block = jax.tree.map(lambda all_gn: jax.lax.dynamic_slice_in_dim(all_gn, group, block // part), refined.grid)
         before_bn = _points(codes_bn, of_block)
         codes_bn, gradient_bn = _sweep(codes_bn, gradient_bn, h_bb, of_block, bits, sweeps)
-        if rows <= block:
+        if group_size <= block:
             of_block = _refit_groups(codes_bn, of_block, gradient_bn, h_bb, bits, sym)
         moved_bn = _points(codes_bn, of_block) - before_bn
         grid = jax.tree.map(
-            lambda all_gn, new: jax.lax.dynamic_update_slice_in_dim(all_gn, new, start // rows, 0), found.grid, of_block
+            lambda all_gn, new: jax.lax.dynamic_update_slice_in_dim(all_gn, new, group, 0), refined.grid, of_block
         )
-        found = Refined(jax.lax.dynamic_update_slice_in_dim(found.codes_kn, codes_bn, start, 0), grid)
-        gradient_kn = gradient_kn - product(jax.lax.dynamic_slice_in_dim(h_kk, start, block, axis=1), moved_bn)
-        if rows > block:
-            is_last = (start + block) % rows == 0
-            found, gradient_kn = jax.lax.cond(
-                is_last,
-                lambda: _refit_wide(found, gradient_kn, h_kk, (start // rows) * rows, rows, bits, sym),
-                lambda: (found, gradient_kn),
+        refined = Refined(jax.lax.dynamic_update_slice_in_dim(refined.codes_kn, codes_bn, start, 0), grid)
+        gradient_kn = gradient_kn - product(transposed(h_bk), moved_bn)
+        if group_size > block:
+            refined, gradient_kn = jax.lax.cond(
+                (start + block) % group_size == 0,
+                lambda: _refit_wide(refined, gradient_kn, h, group, group_size, bits, sym),
+                lambda: (refined, gradient_kn),
             )
-        return found, gradient_kn
+        return refined, gradient_kn
 
-    gradient_kn = product(h_kk, target_kn - _points(codes_kn, grid))
-    found, _ = jax.lax.fori_loop(0, rounds * (k // block), run_block, (Refined(codes_kn, grid), gradient_kn))
-    return found
+    gradient_kn = h.times(target_kn - _points(codes_kn, grid))
+    refined, _ = jax.lax.fori_loop(0, rounds * (k // block), refine_block, (Refined(codes_kn, grid), gradient_kn))
+    return refined
 
 
 def refit_grid(
     codes_rn: Float[jax.Array, "R N"],
     grid: Grid,
     gradient_rn: Float[jax.Array, "R N"],
-    h_rr: Float[jax.Array, "R R"],
+    h: Matrix,
+    start: jax.Array | int,
     bits: int,
     sym: bool,
 ) -> Grid:
@@ -115,7 +119,8 @@ def refit_grid(
       codes_rn: integers `[R, N]`.
       grid: the present scale and zero point of each column, `[N]`.
       gradient_rn: `R = H (W - Q)` at these rows.
-      h_rr: the group's block of H.
+      h: the damped Hessian.
+      start: the group's first row in it.
       bits: width of a code.
       sym: whether the zero point stays where it is.
 
@@ -123,8 +128,8 @@ def refit_grid(
       The grid with the least loss among those whose scale is a positive float16; the present one where none is better.
     """
     present = _on_grid(codes_rn, grid)
-    h_codes_rn, h_ones_r = product(h_rr, codes_rn), jnp.sum(h_rr, axis=1)
-    pull_rn = gradient_rn + product(h_rr, present)
+    h_codes_rn, h_ones_r = h.times(codes_rn, start), h.row_sums(start, codes_rn.shape[0])
+    pull_rn = gradient_rn + h.times(present, start)
     cc_n, c1_n, ones = jnp.sum(codes_rn * h_codes_rn, 0), jnp.sum(codes_rn * h_ones_r[:, None], 0), jnp.sum(h_ones_r)
     bc_n, b1_n = jnp.sum(codes_rn * pull_rn, 0), jnp.sum(pull_rn, 0)
 
@@ -146,11 +151,11 @@ def refit_grid(
             jax.tree.map(functools.partial(jnp.where, wins_n), Grid(scale_n, zero_n), at),
         ), None
 
-    start = lowered(grid.zero_n, grid.scale_n)[0], grid
+    present_gain = lowered(grid.zero_n, grid.scale_n)[0], grid
     if sym:
-        return better(start, grid.zero_n)[0][1]
+        return better(present_gain, grid.zero_n)[0][1]
     zeros = jnp.arange(2**bits, dtype=codes_rn.dtype)
-    (_, best), _ = jax.lax.scan(lambda carry, zero: better(carry, jnp.full_like(grid.zero_n, zero)), start, zeros)
+    (_, best), _ = jax.lax.scan(lambda carry, zero: better(carry, jnp.full_like(grid.zero_n, zero)), present_gain, zeros)
     return best
 
 
@@ -181,7 +186,7 @@ def _descend(
 
     def step(j: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         new_rn, moved_rn = carry
-        # Rows whose turn has not come have not moved, so that the whole row of H may be used.
+        # The rows after row j have not moved yet, so that the whole row of H may be used.
         gradient_n = gradient_rn[j] - product(h_rr[j], moved_rn)
         curvature = h_rr[j, j]
         step_n = jnp.where(curvature > 0, gradient_n / jnp.where(curvature > 0, curvature, 1.0), 0.0)
@@ -202,7 +207,7 @@ def _refit_groups(codes_bn: jax.Array, grid: Grid, gradient_bn: jax.Array, h_bb:
         start = group * part
         codes_rn, gradient_rn = (jax.lax.dynamic_slice_in_dim(a, start, part) for a in (codes_bn, gradient_bn))
         old = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, group, keepdims=False), grid)
-        new = refit_grid(codes_rn, old, gradient_rn, jax.lax.dynamic_slice(h_bb, (start, start), (part, part)), bits, sym)
+        new = refit_grid(codes_rn, old, gradient_rn, WholeMatrix(h_bb), start, bits, sym)
         moved_rn = _on_grid(codes_rn, new) - _on_grid(codes_rn, old)
         gradient_bn = gradient_bn - product(jax.lax.dynamic_slice_in_dim(h_bb, start, part, axis=1), moved_rn)
         grid = jax.tree.map(lambda a, one: jax.lax.dynamic_update_index_in_dim(a, one, group, 0), grid, new)
@@ -212,17 +217,17 @@ def _refit_groups(codes_bn: jax.Array, grid: Grid, gradient_bn: jax.Array, h_bb:
 
 
 def _refit_wide(
-    found: Refined, gradient_kn: jax.Array, h_kk: jax.Array, start: jax.Array, rows: int, bits: int, sym: bool
+    refined: Refined, gradient_kn: jax.Array, h: Matrix, group: jax.Array, size: int, bits: int, sym: bool
 ) -> tuple[Refined, jax.Array]:
-    """Re-fits a group that is wider than a block."""
-    group = start // rows
-    codes_rn, gradient_rn = (jax.lax.dynamic_slice_in_dim(a, start, rows) for a in (found.codes_kn, gradient_kn))
-    old = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, group, keepdims=False), found.grid)
-    new = refit_grid(codes_rn, old, gradient_rn, jax.lax.dynamic_slice(h_kk, (start, start), (rows, rows)), bits, sym)
+    """Re-fits a group of `size` rows, wider than a block."""
+    start = group * size
+    codes_rn, gradient_rn = (jax.lax.dynamic_slice_in_dim(a, start, size) for a in (refined.codes_kn, gradient_kn))
+    old = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, group, keepdims=False), refined.grid)
+    new = refit_grid(codes_rn, old, gradient_rn, h, start, bits, sym)
     moved_rn = _on_grid(codes_rn, new) - _on_grid(codes_rn, old)
-    gradient_kn = gradient_kn - product(jax.lax.dynamic_slice_in_dim(h_kk, start, rows, axis=1), moved_rn)
-    grid = jax.tree.map(lambda a, one: jax.lax.dynamic_update_index_in_dim(a, one, group, 0), found.grid, new)
-    return found._replace(grid=grid), gradient_kn
+    gradient_kn = gradient_kn - h.columns_times(moved_rn, start)
+    grid = jax.tree.map(lambda a, one: jax.lax.dynamic_update_index_in_dim(a, one, group, 0), refined.grid, new)
+    return refined._replace(grid=grid), gradient_kn
 
 
 def _on_grid(codes_rn: jax.Array, grid: Grid) -> jax.Array:

@@ -1,7 +1,6 @@
 """What a solve gives, how it is judged, and round-to-nearest, against which it is."""
 
 import functools
-import itertools
 from typing import NamedTuple
 
 import jax
@@ -9,16 +8,11 @@ import jax.numpy as jnp
 
 from jgptq.errors import ConfigError
 from jgptq.notation import Float, Int, UInt8
-from jgptq.settings.sizes import group_rows
 from jgptq.settings.solver import SolverConfig
-from jgptq.solver.compensate import Compensated
-from jgptq.solver.grid import nearest_codes, search_grid
+from jgptq.solver.grid import GridSpec, round_groups
 from jgptq.solver.linalg.cholesky import all_finite
-from jgptq.solver.linalg.triangular import product
+from jgptq.solver.one_device import WholeMatrix
 from jgptq.solver.outcome import Outcome
-
-_PANELS = 8  # of the Hessian in a loss: those below the diagonal mirror those above, and are not multiplied
-_LANES = 8
 
 
 class Solution(NamedTuple):
@@ -43,7 +37,6 @@ class Solution(NamedTuple):
         return ((codes_grn - self.zero_gn[:, None, :]).astype(jnp.float32) * scale_gn[:, None, :]).reshape(k, n)
 
 
-@functools.partial(jax.jit, static_argnames="config")
 def round_to_nearest(
     w_kn: Float[jax.Array, "K N"], config: SolverConfig, weight_k: Float[jax.Array, " K"] | None = None
 ) -> Solution:
@@ -59,21 +52,29 @@ def round_to_nearest(
 
     Raises:
       ConfigError: the search of scales needs the diagonal of a Hessian, and there is none.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jgptq.settings.solver import SolverConfig
+      >>> solution = round_to_nearest(jnp.ones((64, 32)), SolverConfig(group_size=32, scale="minmax"))
+      >>> solution.codes_kn.shape, solution.scale_gn.shape
+      ((64, 32), (2, 32))
     """
-    search = config.grid_search
-    if search == "hessian" and weight_k is None:
+    if config.grid_search == "hessian" and weight_k is None:
         raise ConfigError("scale 'hessian' needs calibration tokens; give them, or scale 'mse' or 'minmax'")
-    rows = group_rows(w_kn.shape[0], config.group_size)
-    w_grn = w_kn.reshape(-1, rows, w_kn.shape[1])
-    weight_gr = None if weight_k is None else weight_k.reshape(-1, rows)
-    grid = search_grid(w_grn, weight_gr, bits=config.bits, sym=config.sym, scale=search)
-    unknown_n = jnp.full((w_kn.shape[1],), jnp.nan, jnp.float32)
+    spec = GridSpec(bits=config.bits, sym=config.sym, scale=config.grid_search)
+    return _rounded(w_kn, weight_k, spec, config.group_size)
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "group_size"))
+def _rounded(w_kn: jax.Array, weight_k: jax.Array | None, spec: GridSpec, group_size: int) -> Solution:
+    codes_kn, grid = round_groups(w_kn, spec, group_size, weight_k)
     solution = Solution(
-        codes_kn=nearest_codes(w_grn, grid, config.bits).astype(jnp.uint8).reshape(w_kn.shape),
+        codes_kn=codes_kn,
         scale_gn=grid.scale_n.astype(jnp.float16),
         zero_gn=grid.zero_n.astype(jnp.int32),
         group_k=None,
-        loss_n=unknown_n,
+        loss_n=jnp.full((w_kn.shape[1],), jnp.nan, jnp.float32),
         rtn_loss_n=None,
         damping=jnp.float32(0),
         outcome=jnp.int32(Outcome.ROUNDED),
@@ -83,25 +84,7 @@ def round_to_nearest(
 
 def output_loss(dw_kn: Float[jax.Array, "K N"], h_kk: Float[jax.Array, "K K"]) -> Float[jax.Array, " N"]:
     """`dW^T H dW` of each column: the mean squared change of its output over the calibration tokens, times two."""
-    k = dw_kn.shape[0]
-    loss_n = jnp.zeros((dw_kn.shape[1],), dw_kn.dtype)
-    bounds = [k * i // _PANELS for i in range(_PANELS + 1)]
-    for start, stop in itertools.pairwise(bounds):
-        dw_pn = dw_kn[start:stop]
-        half_pn = product(0.5 * h_kk[start:stop, start:stop], dw_pn) + product(h_kk[start:stop, stop:], dw_kn[stop:])
-        loss_n += summed(dw_pn * half_pn)
-    return 2.0 * loss_n
-
-
-def summed(a_rn: Float[jax.Array, "R N"]) -> Float[jax.Array, " N"]:
-    """The sum over rows, as a product: XLA would fuse a sum with a product before it, and a CPU runs that at a fifth of its
-    speed."""
-    return product(jnp.ones((_LANES, a_rn.shape[0]), a_rn.dtype), a_rn)[0]
-
-
-def undamped_loss(found: Compensated, added: Float[jax.Array, ""]) -> Float[jax.Array, " N"]:
-    """`dW^T H dW` of each column, from `dW^T (H + added I) dW`, which the loop sums up on its way."""
-    return jnp.maximum(found.loss_n - added * found.moved_n, 0.0)
+    return WholeMatrix(h_kk).quadratic(dw_kn)
 
 
 def diagnose(solution: Solution, w_kn: jax.Array) -> Solution:

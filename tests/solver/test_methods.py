@@ -11,12 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import DAMPING, K, N, Problem, assert_solves, config, double, most_important_first, solved
 
+from jgptq.errors import ConfigError
 from jgptq.settings.run import QuantizeConfig
 from jgptq.solver import compensate as COMPENSATE
 from jgptq.solver import solve
+from jgptq.solver.grid import GridSpec
 from jgptq.solver.linalg.cholesky import diagonal_blocks
 from jgptq.solver.linalg.triangular import inverse_product, inverse_transposed, lower_factor, upper_factor
-from jgptq.solver.order import inverse_permutation, row_order
+from jgptq.solver.one_device import WholeMatrix
+from jgptq.solver.sequence import inverse_permutation, row_sequence
 from jgptq.solver.target import shifted_target
 
 # Orders
@@ -67,7 +70,7 @@ def test_only_desc_act_needs_an_index_of_groups(method: str, order: str):
 def test_full_orders_sort_all_rows_by_importance_and_can_be_undone(diag: list[float]):
     values = np.asarray(diag, np.float32)
     for order in ("static", "desc_act"):
-        rows_k = row_order(order, jnp.asarray(values), 32).rows_k
+        rows_k = row_sequence(order, jnp.asarray(values), 32).rows_k
         assert np.all(np.diff(values[np.asarray(rows_k)]) <= 0)
         np.testing.assert_array_equal(np.asarray(inverse_permutation(rows_k))[np.asarray(rows_k)], np.arange(64))
 
@@ -126,8 +129,9 @@ def test_an_order_of_importance_is_about_as_good_as_obq_in_the_greedy_order_of_e
 def test_the_shifted_target_is_the_least_squares_solution(problem: Problem, a: float, b: float):
     with double():
         r_kk = upper_factor(jnp.asarray(oracles.damped(problem.h_kk, DAMPING)), jnp.zeros(()))
-        arrays = [jnp.asarray(part) for part in (problem.drift_kk, problem.residual_kn)]
-        found_kn = np.asarray(shifted_target(jnp.asarray(problem.w_kn), functools.partial(inverse_product, r_kk), *arrays, a, b))
+        w_kn, drift_kk, residual_kn = (jnp.asarray(part) for part in (problem.w_kn, problem.drift_kk, problem.residual_kn))
+        inverse_times = functools.partial(inverse_product, r_kk)
+        found_kn = np.asarray(shifted_target(w_kn, inverse_times, WholeMatrix(drift_kk), residual_kn, a, b))
     assert found_kn.shape == (K, N)
     assert np.linalg.norm(found_kn - problem.w_kn) > 1e-3 * np.linalg.norm(problem.w_kn)
     np.testing.assert_allclose(found_kn, target(problem, a, b, DAMPING), atol=1e-9)
@@ -144,7 +148,7 @@ def test_a_target_without_a_shift_is_the_kernel(problem: Problem):
     w_kn, drift_kk, residual_kn = (
         jnp.asarray(part, jnp.float32) for part in (problem.w_kn, problem.drift_kk, problem.residual_kn)
     )
-    np.testing.assert_array_equal(shifted_target(w_kn, inverse_times, drift_kk, residual_kn, 0.0, 0.0), w_kn)
+    np.testing.assert_array_equal(shifted_target(w_kn, inverse_times, WholeMatrix(drift_kk), residual_kn, 0.0, 0.0), w_kn)
     np.testing.assert_array_equal(shifted_target(w_kn, inverse_times, None, None, 1.0, 1.0), w_kn)
 
 
@@ -168,7 +172,7 @@ def test_gptaq_is_its_loop_one_row_at_a_time(problem: Problem):
 def test_qronos_is_least_squares_at_every_step(small: Problem):
     """At least 99% of the codes, all of the first row, and the loss to a thousandth."""
     used, found = config("qronos"), solved("qronos", small)
-    rows_k = np.asarray(row_order("group", jnp.asarray(np.diag(small.h_kk), jnp.float32), 32).rows_k)
+    rows_k = np.asarray(row_sequence("group", jnp.asarray(np.diag(small.h_kk), jnp.float32), 32).rows_k)
     part = small.rows(rows_k)
     grids = tuple(np.asarray(a, np.float64)[rows_k // 32] for a in (found.scale_gn, found.zero_gn))
     expected_kn = oracles.qronos(part.w_kn, part.x_tk, part.float_tk, grids, used.bits, used.damping)
@@ -194,7 +198,7 @@ def test_asymmetric_methods_bring_outputs_nearer_to_those_of_the_float_model(pro
 @pytest.mark.parametrize("method", ["gptaq", "qronos"])
 def test_asymmetric_methods_ask_for_the_drift_that_they_lack(method: str):
     used = QuantizeConfig(method=method, group_size=32)
-    with pytest.raises(ValueError, match=rf"method '{method}' needs the drift .* give drift_kk"):
+    with pytest.raises(ConfigError, match=rf"method '{method}' needs the drift .* give drift_kk"):
         jax.eval_shape(lambda w_kn, h_kk: solve(w_kn, h_kk, used), jnp.ones((64, 8)), jnp.eye(64))
 
 
@@ -206,12 +210,12 @@ def test_the_solve_does_not_depend_on_the_size_of_its_blocks(problem: Problem, m
     with double():
         l_kk = lower_factor(jnp.asarray(oracles.damped(problem.h_kk, DAMPING)), jnp.zeros(()))
         w_kn, diag_k = jnp.asarray(problem.w_kn), jnp.asarray(np.diag(problem.h_kk))
-        l_rows = functools.partial(jax.lax.dynamic_slice_in_dim, l_kk)
+        spec = GridSpec(bits=4, sym=False, scale="minmax")
         for most, block in ((32, 32), (128, 96)):
             monkeypatch.setattr(COMPENSATE, "MOST_ROWS", most)
             assert COMPENSATE.solver_block(K, 32) == block
-            run = jax.jit(functools.partial(COMPENSATE.compensate, rows=32, config=config("static")), static_argnums=1)
-            found.append(run(w_kn, l_rows, inverse_transposed(diagonal_blocks(l_kk, block)), diag_k))
+            run = jax.jit(functools.partial(COMPENSATE.compensate, factor=WholeMatrix(l_kk), group_size=32, spec=spec))
+            found.append(run(w_kn, u_cbb=inverse_transposed(diagonal_blocks(l_kk, block)), weight_k=diag_k))
     for other in found[1:]:
         np.testing.assert_array_equal(other.codes_kn, found[0].codes_kn)
         np.testing.assert_array_equal(other.grid.scale_n, found[0].grid.scale_n)

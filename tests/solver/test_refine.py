@@ -14,7 +14,8 @@ import pytest
 from jgptq.settings.run import QuantizeConfig
 from jgptq.solver import solve
 from jgptq.solver.grid import Grid
-from jgptq.solver.refine import _sweep, refine, refit_grid
+from jgptq.solver.one_device import WholeMatrix
+from jgptq.solver.refine import Refined, _sweep, refine, refit_grid
 
 K, N, T = 192, 12, 300
 DAMPING = 2.0**-6
@@ -47,8 +48,15 @@ def loss_n(w_kn: np.ndarray, h_kk: np.ndarray, codes_kn: np.ndarray, scale_gn: n
     return np.sum(off_kn * (h_kk @ off_kn), axis=0)
 
 
-_refine = jax.jit(refine, static_argnames=("rows", "bits", "sym", "sweeps"))
-"""With any number of rounds in one program."""
+@functools.partial(jax.jit, static_argnames=("group_size", "bits", "sym", "sweeps"))
+def _refine(codes_kn: jax.Array, grid: Grid, target_kn: jax.Array, h_kk: jax.Array, **settings: object) -> Refined:
+    """With any number of rounds in one program."""
+    return refine(codes_kn, grid, target_kn, WholeMatrix(h_kk), **settings)  # type: ignore[arg-type]
+
+
+@functools.partial(jax.jit, static_argnames=("bits", "sym"))
+def _refit(codes_rn: jax.Array, grid: Grid, gradient_rn: jax.Array, h_kk: jax.Array, start: int, bits: int, sym: bool) -> Grid:
+    return refit_grid(codes_rn, grid, gradient_rn, WholeMatrix(h_kk), start, bits, sym)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +69,7 @@ def test_no_round_raises_the_loss_of_any_column(problem, bits: int, sym: bool, g
     codes_kn, grids = rounded(w_kn, bits, rows, sym)
     grid = Grid(*(jnp.asarray(part[::rows], jnp.float32) for part in grids))
     arrays = jnp.asarray(codes_kn, jnp.float32), grid, jnp.asarray(w_kn, jnp.float32), jnp.asarray(h_kk, jnp.float32)
-    run = functools.partial(_refine, *arrays, rows=rows, bits=bits, sym=sym, sweeps=2)
+    run = functools.partial(_refine, *arrays, group_size=rows, bits=bits, sym=sym, sweeps=2)
     losses = [loss_n(w_kn, h_kk, codes_kn, *grid)]
     for rounds in (1, 2, 3, 6):
         found = run(rounds=rounds)
@@ -82,7 +90,7 @@ def test_refit_alone_keeps_the_codes_and_lowers_the_loss(problem):
     codes_kn, grids = rounded(w_kn, 3, 32, False)
     grid = Grid(*(jnp.asarray(part[::32], jnp.float32) for part in grids))
     arrays = jnp.asarray(codes_kn, jnp.float32), grid, jnp.asarray(w_kn, jnp.float32), jnp.asarray(h_kk, jnp.float32)
-    found = _refine(*arrays, rows=32, rounds=1, bits=3, sym=False, sweeps=0)
+    found = _refine(*arrays, group_size=32, rounds=1, bits=3, sym=False, sweeps=0)
     np.testing.assert_array_equal(found.codes_kn, codes_kn)
     after, before = loss_n(w_kn, h_kk, codes_kn, *found.grid), loss_n(w_kn, h_kk, codes_kn, *grid)
     assert np.all(after <= before * (1 + 1e-5))
@@ -134,7 +142,7 @@ def test_a_round_is_a_sweep_of_each_block_and_then_the_best_grids_one_after_the_
     with double():
         arrays = [jnp.asarray(part) for part in (codes_kn, w_kn, h_kk)]
         grid = Grid(*(jnp.asarray(part[::rows]) for part in grids))
-        found = _refine(arrays[0], grid, *arrays[1:], rows=rows, rounds=1, bits=3, sym=False, sweeps=1)
+        found = _refine(arrays[0], grid, *arrays[1:], group_size=rows, rounds=1, bits=3, sym=False, sweeps=1)
     np.testing.assert_array_equal(found.codes_kn, expected_kn)
     np.testing.assert_array_equal(found.grid.scale_n, scale_kn[::rows])
     np.testing.assert_array_equal(found.grid.zero_n, zero_kn[::rows])
@@ -148,11 +156,12 @@ def test_a_refitted_grid_is_the_best_of_all_zero_points_and_of_its_float16_neigh
     expected = oracles.best_grid(codes_kn, w_kn, h_kk, grids, group, [4] if sym else range(8))
     gradient_kn = h_kk @ (w_kn - grids[0] * (codes_kn - grids[1]))
     with double():
-        found = jax.jit(refit_grid, static_argnums=(4, 5))(
+        found = _refit(
             jnp.asarray(codes_kn[group]),
             Grid(*(jnp.asarray(part[64]) for part in grids)),
             jnp.asarray(gradient_kn[group]),
-            jnp.asarray(h_kk[group, group]),
+            jnp.asarray(h_kk),
+            64,
             bits,
             sym,
         )
@@ -180,7 +189,7 @@ def test_a_grid_that_cannot_be_fitted_stays_as_it_is():
     codes_rn = jnp.stack([jnp.full(32, 4.0), jnp.full(32, 6.0)], axis=1)
     target_rn = jnp.stack([jnp.full(32, 1.0), jnp.full(32, -1.0)], axis=1)
     gradient_rn = target_rn - grid.scale_n[None] * (codes_rn - grid.zero_n[None])
-    found = refit_grid(codes_rn, grid, gradient_rn, h_rr, 3, True)
+    found = _refit(codes_rn, grid, gradient_rn, h_rr, 0, 3, True)
     np.testing.assert_array_equal(found.scale_n, grid.scale_n)
     np.testing.assert_array_equal(found.zero_n, grid.zero_n)
 

@@ -5,24 +5,27 @@ is `U = L^-T`, and what U does row by row L does block by block, for a quarter o
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from jgptq.notation import Bool, Float, Int
 from jgptq.solver.linalg.triangular import upper_factor
-from jgptq.solver.order import in_sequence
+from jgptq.solver.sequence import permuted
 
 DAMPING_STEP = 10.0
 MAX_DAMPING = 1.0
 _LANES = 8
 
 
-class Factor(NamedTuple):
+Values = TypeVar("Values")
+
+
+class Factor(NamedTuple, Generic[Values]):
     """A factor of a damped Hessian, and the damping that it took."""
 
-    kk: Float[jax.Array, "K K"]  # triangular
+    kk: Values  # triangular `[K, K]`, as an array or in slabs
     damping: Float[jax.Array, ""]  # fraction of the mean diagonal that was added
     finite: Bool[jax.Array, ""]  # False where even the largest damping left a factor that is not finite
 
@@ -54,7 +57,7 @@ def added_damping(diag_k: Float[jax.Array, " K"], damping: Float[jax.Array, ""])
     return damping.astype(diag_k.dtype) * jnp.where(mean > 0, mean, 1.0)
 
 
-def damped_factor(h_kk: Float[jax.Array, "K K"], damping: float, rows_k: Int[jax.Array, " K"]) -> Factor:
+def damped_factor(h_kk: Float[jax.Array, "K K"], damping: float, rows_k: Int[jax.Array, " K"]) -> Factor[jax.Array]:
     """Factors `P (H + lambda mean(diag H) I) P^T = R^T R`, R upper triangular, raising lambda until the factor is finite.
 
     Rows of K that no token touched are zeros in H: left with the damping alone, they neither give nor take any compensation, and
@@ -74,7 +77,7 @@ def damped_factor(h_kk: Float[jax.Array, "K K"], damping: float, rows_k: Int[jax
     def attempt(added: jax.Array, _: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
         # Every attempt orders H anew. Without the barrier XLA does so once and keeps the copy beside the factor.
         source_kk, source_k, added = jax.lax.optimization_barrier((h_kk, rows_k, added))
-        r_kk = upper_factor(in_sequence(source_kk, source_k), added)
+        r_kk = upper_factor(permuted(source_kk, source_k), added)
         finite = jnp.all(jnp.isfinite(diagonal(r_kk)))  # one root that does not exist leaves NaN everywhere
         return r_kk.reshape(-1), finite  # flat: a matrix would go through the loop transposed, and be copied back and forth
 
@@ -86,10 +89,10 @@ def damped_factor(h_kk: Float[jax.Array, "K K"], damping: float, rows_k: Int[jax
 
 def raised_until_finite(
     attempt: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]],
-    start: Factor,
+    start: Factor[jax.Array],
     diag_k: Float[jax.Array, " K"],
     damping: float,
-) -> Factor:
+) -> Factor[jax.Array]:
     """Factors with more and more damping, as a loop inside jit.
 
     Args:
@@ -104,10 +107,10 @@ def raised_until_finite(
     """
     unit = added_damping(diag_k, jnp.float32(1))
 
-    def next_damping(factor: Factor) -> jax.Array:
+    def next_damping(factor: Factor[jax.Array]) -> jax.Array:
         return jnp.where(factor.damping == 0, jnp.float32(damping), factor.damping * DAMPING_STEP)
 
-    def again(factor: Factor) -> Factor:
+    def again(factor: Factor[jax.Array]) -> Factor[jax.Array]:
         fraction = next_damping(factor)
         kk, finite = attempt(fraction.astype(diag_k.dtype) * unit, factor.kk)
         return Factor(kk, fraction, finite)

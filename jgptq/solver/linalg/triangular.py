@@ -67,6 +67,17 @@ def product(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
 
+def product_over(a_bk: jax.Array, b_kn: jax.Array, start: jax.Array, stop: jax.Array, size: int) -> jax.Array:
+    """`A B` over K from `start` to `stop`, multiples of `size`, for an A of B rows."""
+
+    def add(index: jax.Array, sum_bn: jax.Array) -> jax.Array:
+        a_bs = jax.lax.dynamic_slice_in_dim(a_bk, index * size, size, axis=1)
+        return sum_bn + product(a_bs, jax.lax.dynamic_slice_in_dim(b_kn, index * size, size))
+
+    zeros_bn = jnp.zeros((a_bk.shape[0], b_kn.shape[1]), b_kn.dtype)
+    return jax.lax.fori_loop(start // size, stop // size, add, zeros_bn)
+
+
 def transposed(a: jax.Array) -> jax.Array:
     """A transposed factor of a product, laid out as such: a CPU multiplies by one that XLA folded in at half the speed."""
     return jax.lax.optimization_barrier(a.T)

@@ -3,6 +3,8 @@
 All functions here are called on every device, inside `shard_map`, with its own slab `[K, C]` of columns.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -10,7 +12,7 @@ from jgptq.notation import Float, Int
 from jgptq.solver.linalg.cholesky import Factor, all_finite, diagonal, raised_until_finite
 from jgptq.solver.linalg.triangular import lower_factor, product, transposed, transposed_solve
 from jgptq.solver.mesh import axes as sharding
-from jgptq.solver.mesh.slabs import PANEL, first_column, gathered, gathered_rows, on_all_devices, own_columns
+from jgptq.solver.mesh.slabs import PANEL, Slabs, first_column, gathered_rows, on_all_devices, own_columns, permuted
 
 _MAX_TILE = 2048
 
@@ -22,60 +24,45 @@ def slab_diagonal(slab_kc: Float[jax.Array, "K C"]) -> Float[jax.Array, " K"]:
     return jax.lax.all_gather(diagonal(own_cc), sharding.ALL, tiled=True)
 
 
-def factor_blocks(factor: Factor, k: int, block: int) -> Float[jax.Array, "C B B"]:
+def factor_blocks(factor: Factor[Slabs], block: int) -> Float[jax.Array, "C B B"]:
     """`cholesky.diagonal_blocks` of the first K rows and columns of a factor in slabs, on every device; zeros if it is not
     finite."""
-    slab_kc, width = factor.kk, factor.kk.shape[1]
+    slab_pc, k = factor.kk.values, factor.kk.k
+    width = slab_pc.shape[1]
     rows_cb = jnp.arange(k).reshape(-1, block)
     own_cb = rows_cb - first_column(width)
-    part_cbb = slab_kc[rows_cb[:, :, None], jnp.clip(own_cb, 0, width - 1)[:, None, :]]
+    part_cbb = slab_pc[rows_cb[:, :, None], jnp.clip(own_cb, 0, width - 1)[:, None, :]]
     # That the factor is finite was agreed on by all devices before: without such an order between them, devices that wait for
     # each other in two sums at once may wait forever.
     is_own_cb = factor.finite & (own_cb >= 0) & (own_cb < width)
     return jax.lax.psum(jnp.where(is_own_cb[:, None, :], part_cbb, 0.0), sharding.ALL)
 
 
-def damped_slabs(h_kc: Float[jax.Array, "K C"], rows_k: Int[jax.Array, " K"], damping: float) -> Factor:
+def damped_slabs(h: Slabs, rows_k: Int[jax.Array, " K"], damping: float) -> Factor[Slabs]:
     """`jgptq.solver.linalg.cholesky.damped_factor` of `H[rows, :][:, rows]`, on slabs.
 
     Args:
-      h_kc: this device's columns of H, in file order; it is only read.
-      rows_k: a permutation of K.
+      h: this device's columns of H, in file order; they are only read.
+      rows_k: a permutation of K; rows of padding follow, and are dead.
       damping: the first lambda.
 
     Returns:
-      This device's columns of L, in sequence; the lambda that all of L needed, and whether all of it is finite.
+      This device's columns of L, in the solver's sequence; the lambda that all of L needed, and whether all of it is finite.
     """
 
-    def attempt(added: jax.Array, memory_kc: jax.Array) -> tuple[jax.Array, jax.Array]:
-        l_kc = _factored(_permuted(h_kc, rows_k, added, memory_kc))
-        return l_kc, on_all_devices(all_finite(l_kc))
+    def attempt(added: jax.Array, memory_pc: jax.Array) -> tuple[jax.Array, jax.Array]:
+        l_pc = _factored(permuted(h, rows_k, added, memory_pc))
+        return l_pc, on_all_devices(all_finite(l_pc))
 
-    nothing = Factor(jnp.zeros_like(h_kc), jnp.float32(0), jnp.bool_(False))
-    return raised_until_finite(attempt, nothing, slab_diagonal(h_kc), damping)
-
-
-def _permuted(h_kc: jax.Array, rows_k: jax.Array, added: jax.Array, memory_kc: jax.Array) -> jax.Array:
-    """`H[rows, :][:, rows] + added I` written over `memory`, a panel of rows at a time."""
-    k, width = h_kc.shape
-    columns_c = own_columns(rows_k[None, :], width)[0]
-    own_c = first_column(width) + jnp.arange(width)
-
-    def panel(index: jax.Array, out_kc: jax.Array) -> jax.Array:
-        start = index * PANEL
-        rows_b = jax.lax.dynamic_slice_in_dim(rows_k, start, PANEL)
-        all_bk = gathered(h_kc[rows_b])
-        on_diagonal_bc = (start + jnp.arange(PANEL))[:, None] == own_c[None, :]
-        out_bc = all_bk[:, columns_c] + jnp.where(on_diagonal_bc, added, 0.0)
-        return jax.lax.dynamic_update_slice_in_dim(out_kc, out_bc, start, 0)
-
-    return jax.lax.fori_loop(0, k // PANEL, panel, memory_kc)
+    start = Factor(jnp.zeros_like(h.values), jnp.float32(0), jnp.bool_(False))
+    factor = raised_until_finite(attempt, start, slab_diagonal(h.values), damping)
+    return Factor(dataclasses.replace(h, values=factor.kk), factor.damping, factor.finite)
 
 
 def _factored(a_kc: jax.Array) -> jax.Array:
     """L in the place of a positive definite A, `A = L^T L`, by eliminating panels of rows from the last to the first.
 
-    When panel j's turn comes, its rows hold the Schur complement of the panels after it in the columns up to j. With L_jj from
+    Before panel j is eliminated, its rows hold the Schur complement of the panels after it in the columns up to j. With L_jj from
     the complement's corner, `L_j: = L_jj^-T A_j:` left of it, and every earlier row i takes its share, `A_i: -= L_ji^T L_j:`. So
     each step sends one panel of rows to every device.
     """
@@ -86,7 +73,7 @@ def _factored(a_kc: jax.Array) -> jax.Array:
         start = (k // PANEL - 1 - step) * PANEL
         complement_bk = gathered_rows(a_kc, start, PANEL)
         corner_bb = jax.lax.dynamic_slice_in_dim(complement_bk, start, PANEL, axis=1)
-        l_bb = lower_factor(corner_bb, jnp.float32(0))
+        l_bb = lower_factor(corner_bb, jnp.zeros((), corner_bb.dtype))
         row_bk = jnp.where(jnp.arange(k)[None, :] < start, transposed_solve(l_bb, complement_bk), 0.0)
         row_bk = jax.lax.dynamic_update_slice_in_dim(row_bk, l_bb, start, 1)
         row_bc = own_columns(row_bk, width)

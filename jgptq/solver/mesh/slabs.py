@@ -1,4 +1,4 @@
-"""A Hessian cut into slabs of columns, one a device: no device ever holds all of it."""
+"""Matrices over K cut into slabs of columns, one a device, and their sums over tokens: no device ever holds all of K x K."""
 
 import dataclasses
 import functools
@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jgptq.errors import ConfigError
 from jgptq.notation import Float, Int
+from jgptq.solver.checks import check_k, checked_batch
 from jgptq.solver.mesh import axes as sharding
 
 PANEL = 128
@@ -21,9 +21,12 @@ _MAX_CHUNK = 1024
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["values"], meta_fields=["k", "mesh"])
 @dataclasses.dataclass(frozen=True)
 class Slabs:
-    """A matrix `[K, K]`, extended by rows and columns of zeros so that panels and devices divide it: `values[:k, :k]`."""
+    """A matrix `[K, K]`, extended by rows and columns of zeros so that panels and devices divide it: `values[:k, :k]`.
 
-    values: Float[jax.Array, "P P"]  # float32, columns divided over all devices of the mesh
+    Inside of `on_slabs`, `values` are the columns of this device, `[P, C]`.
+    """
+
+    values: Float[jax.Array, "P P"]  # columns divided over all devices of the mesh
     k: int  # what is not padding
     mesh: Mesh
 
@@ -31,8 +34,19 @@ class Slabs:
 class SlabSum(NamedTuple):
     """A running sum of `h h^T` in slabs."""
 
-    slabs: Slabs
+    slabs: Slabs  # float32
     tokens: Int[jax.Array, ""]  # int32, how many h were summed
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["inputs", "residual_pq", "tokens"], meta_fields=["width"])
+@dataclasses.dataclass(frozen=True)
+class SlabDriftSum:
+    """`jgptq.solver.drift.DriftSum` in slabs."""
+
+    inputs: Slabs  # the sum of x (x_f - x)^T, float32
+    residual_pq: Float[jax.Array, "P Q"] | None  # that of x d^T, K and D extended by zeros, columns divided over all devices
+    tokens: Int[jax.Array, ""]
+    width: int | None  # D; None where no residual is summed
 
 
 def padded_size(k: int, mesh: Mesh) -> int:
@@ -41,10 +55,10 @@ def padded_size(k: int, mesh: Mesh) -> int:
     return -(-k // multiple) * multiple
 
 
-def chunk_rows(size: int, mesh: Mesh) -> int:
-    """Rows of a padded matrix that are worked on at once where each chunk is one product: whole panels, no more than a slab."""
-    most = min(_MAX_CHUNK, max(PANEL, size // mesh.size))
-    return max(rows for rows in range(PANEL, most + 1, PANEL) if size % rows == 0)
+def chunk_rows(size: int, mesh: Mesh, unit: int = PANEL) -> int:
+    """Rows that are worked on at once where each chunk is one product: a divisor of `size`, no more than a slab."""
+    most = min(_MAX_CHUNK, max(unit, size // mesh.size))
+    return max(rows for rows in range(unit, most + 1, unit) if size % rows == 0)
 
 
 @functools.partial(jax.jit, static_argnames=("k", "mesh"))
@@ -52,17 +66,27 @@ def empty(k: int, mesh: Mesh) -> SlabSum:
     """The sum over no tokens, in slabs on a mesh of axes `data` and `model`."""
     sharding.check_axes(mesh)
     size = padded_size(k, mesh)
-    zeros = jax.lax.with_sharding_constraint(jnp.zeros((size, size), jnp.float32), sharding.by_columns(mesh))
-    return SlabSum(Slabs(zeros, k, mesh), jnp.zeros((), jnp.int32))
+    return SlabSum(Slabs(_zeros(size, size, mesh), k, mesh), jnp.zeros((), jnp.int32))
+
+
+@functools.partial(jax.jit, static_argnames=("k", "width", "mesh"))
+def empty_drift(k: int, width: int | None, mesh: Mesh) -> SlabDriftSum:
+    """The sums over no tokens, for a linear that adds to a stream of `width`, or to none."""
+    inputs, tokens = empty(k, mesh)
+    rows = inputs.values.shape[0]
+    residual_pq = None if width is None else _zeros(rows, width + -width % mesh.size, mesh)
+    return SlabDriftSum(inputs, residual_pq, tokens, width)
+
+
+def _zeros(rows: int, columns: int, mesh: Mesh) -> jax.Array:
+    return jax.lax.with_sharding_constraint(jnp.zeros((rows, columns), jnp.float32), sharding.by_columns(mesh))
 
 
 @functools.partial(jax.jit, donate_argnames="total")
 def accumulate(total: SlabSum, h: Float[jax.Array, "*batch K"]) -> SlabSum:
     """Adds `sum_t h_t h_t^T` over all leading axes of `h`, reduce-scattered over `data`.
 
-    Each device takes its own tokens, and a chunk of rows of the sum at a time. It adds up `[chunk, K / model]` over its tokens,
-    and is left `[chunk, K / devices]` over all tokens: it needs room for one chunk. Both halves of the symmetric sum are
-    computed, so that all devices have equally much to do.
+    Both halves of the symmetric sum are computed, so that all devices have equally much to do.
 
     Args:
       total: the sum so far; its memory is reused.
@@ -74,23 +98,54 @@ def accumulate(total: SlabSum, h: Float[jax.Array, "*batch K"]) -> SlabSum:
     Raises:
       ConfigError: K is not that of the sum.
     """
-    slabs, mesh = total.slabs, total.slabs.mesh
-    k = h.shape[-1]
-    if k != slabs.k:
-        raise ConfigError(f"activations of {k} features cannot be added to the Hessian of {slabs.k}")
-    size, ways = slabs.values.shape[0], mesh.shape[sharding.DATA]
-    h_tk = h.reshape(-1, k)
-    t = h_tk.shape[0]
+    slabs = total.slabs
+    check_k("activations", h.shape[-1], slabs.k, "the sum")
+    h_tk = h.reshape(-1, slabs.k)
+    values = _added(slabs.values, h_tk, h_tk, slabs.mesh)
+    return SlabSum(dataclasses.replace(slabs, values=values), total.tokens + h_tk.shape[0])
+
+
+@functools.partial(jax.jit, donate_argnames="total")
+def accumulate_drift(
+    total: SlabDriftSum,
+    h: Float[jax.Array, "*batch K"],
+    h_float: Float[jax.Array, "*batch K"] | None,
+    lost: Float[jax.Array, "*batch D"] | None,
+) -> SlabDriftSum:
+    """Adds a batch: `jgptq.solver.drift.accumulate_drift` in slabs, reduce-scattered over `data`.
+
+    Args, Raises: those of that function; the memory of `total` is reused.
+    """
+    slabs = total.inputs
+    h_float, lost = checked_batch(h, h_float, lost, k=slabs.k, residual=total.residual_pq is not None)
+    h_tk = h.reshape(-1, slabs.k)
+    off_tk = (h_float.astype(jnp.float32) - h.astype(jnp.float32)).astype(h.dtype).reshape(-1, slabs.k)
+    inputs = dataclasses.replace(slabs, values=_added(slabs.values, h_tk, off_tk, slabs.mesh))
+    residual_pq = total.residual_pq
+    if residual_pq is not None and lost is not None:
+        residual_pq = _added(residual_pq, h_tk, lost.astype(h.dtype).reshape(-1, lost.shape[-1]), slabs.mesh)
+    return SlabDriftSum(inputs, residual_pq, total.tokens + h_tk.shape[0], total.width)
+
+
+def _added(sum_pq: jax.Array, left_tk: jax.Array, right_td: jax.Array, mesh: Mesh) -> jax.Array:
+    """`sum + left^T right`, a chunk of rows of the sum at a time.
+
+    Each device takes its own tokens. It adds up `[chunk, Q / model]` over them, and is left `[chunk, Q / devices]` over all
+    tokens: it needs room for one chunk.
+    """
+    size, columns = sum_pq.shape
+    ways, chunk, width = mesh.shape[sharding.DATA], chunk_rows(size, mesh), columns // mesh.shape[sharding.MODEL]
     # A token of zeros adds nothing.
-    h_tk = jnp.pad(h_tk, ((0, -t % ways), (0, size - k)))
-    chunk = chunk_rows(size, mesh)
-    width = size // mesh.shape[sharding.MODEL]
+    left_tp, right_tq = (
+        jnp.pad(part, ((0, -len(part) % ways), (0, wide - part.shape[1])))
+        for part, wide in ((left_tk, size), (right_td, columns))
+    )
 
-    def local(sum_kc: jax.Array, h_tk: jax.Array) -> jax.Array:
-        mine_tq = jax.lax.dynamic_slice_in_dim(h_tk, jax.lax.axis_index(sharding.MODEL) * width, width, axis=1)
+    def local(sum_pc: jax.Array, left_tp: jax.Array, right_tq: jax.Array) -> jax.Array:
+        mine_tq = jax.lax.dynamic_slice_in_dim(right_tq, jax.lax.axis_index(sharding.MODEL) * width, width, axis=1)
 
-        def add(index: jax.Array, sum_kc: jax.Array) -> jax.Array:
-            rows_tr = jax.lax.dynamic_slice_in_dim(h_tk, index * chunk, chunk, axis=1)
+        def add(index: jax.Array, sum_pc: jax.Array) -> jax.Array:
+            rows_tr = jax.lax.dynamic_slice_in_dim(left_tp, index * chunk, chunk, axis=1)
             part_rq = jax.lax.dot_general(
                 rows_tr,
                 mine_tq,
@@ -101,18 +156,25 @@ def accumulate(total: SlabSum, h: Float[jax.Array, "*batch K"]) -> SlabSum:
             # Devices first: scattered along a last axis, XLA would transpose the whole slab to meet the result.
             part_drc = part_rq.reshape(chunk, ways, -1).swapaxes(0, 1)
             added_rc = jax.lax.psum_scatter(part_drc, sharding.DATA, scatter_dimension=0)
-            sum_rc = jax.lax.dynamic_slice_in_dim(sum_kc, index * chunk, chunk) + added_rc
-            return jax.lax.dynamic_update_slice_in_dim(sum_kc, sum_rc, index * chunk, 0)
+            sum_rc = jax.lax.dynamic_slice_in_dim(sum_pc, index * chunk, chunk) + added_rc
+            return jax.lax.dynamic_update_slice_in_dim(sum_pc, sum_rc, index * chunk, 0)
 
-        return jax.lax.fori_loop(0, size // chunk, add, sum_kc)
+        return jax.lax.fori_loop(0, size // chunk, add, sum_pc)
 
-    mapped = on_slabs(local, mesh, (sharding.COLUMNS, sharding.TOKENS), sharding.COLUMNS)
-    return SlabSum(dataclasses.replace(slabs, values=mapped(slabs.values, h_tk)), total.tokens + t)
+    specs = sharding.COLUMNS, sharding.TOKENS, sharding.TOKENS
+    return on_slabs(local, mesh, specs, sharding.COLUMNS)(sum_pq, left_tp, right_tq)
 
 
-def hessian(total: SlabSum) -> Slabs:
-    """`2/T` times the sum, in the memory of the sum, which is gone; zeros where no token was summed."""
-    return dataclasses.replace(total.slabs, values=_averaged(total.slabs.values, total.tokens))
+def mean(slabs: Slabs, tokens: Int[jax.Array, ""]) -> Slabs:
+    """`2/T` times a sum, in the memory of the sum, which is gone; zeros where no token was summed."""
+    return dataclasses.replace(slabs, values=_averaged(slabs.values, tokens))
+
+
+def mean_residual(total: SlabDriftSum) -> Float[jax.Array, "K D"] | None:
+    """`2/T` times the sum of `x d^T`, without its padding."""
+    if total.residual_pq is None:
+        return None
+    return _averaged(total.residual_pq, total.tokens)[: total.inputs.k, : total.width]
 
 
 @functools.partial(jax.jit, donate_argnames="values")
@@ -121,33 +183,54 @@ def _averaged(values: jax.Array, tokens: jax.Array) -> jax.Array:
 
 
 def on_slabs(function, mesh: Mesh, in_specs, out_specs):  # type: ignore[no-untyped-def]  # as jax.shard_map
-    """`jax.shard_map`, told not to prove that what leaves as one value is the same on all devices: gathered rows are."""
+    """`jax.shard_map` without its proof that what leaves as one value is the same on all devices: gathered rows are."""
     return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
-# What follows is called on every device with its own slab, `[K, C]`.
+# What follows is called on every device with its own slab, `[P, C]`.
 
 
-def gathered_rows(slab_kc: Float[jax.Array, "K C"], start: jax.Array, size: int) -> Float[jax.Array, "R K"]:
+def gathered_rows(slab_pc: Float[jax.Array, "P C"], start: jax.Array | int, size: int) -> Float[jax.Array, "R P"]:
     """Rows of the whole matrix, all columns, on every device."""
-    return gathered(jax.lax.dynamic_slice_in_dim(slab_kc, start, size))
+    return gathered(jax.lax.dynamic_slice_in_dim(slab_pc, start, size))
 
 
-def gathered(rows_rc: Float[jax.Array, "R C"]) -> Float[jax.Array, "R K"]:
+def gathered(rows_rc: Float[jax.Array, "R C"]) -> Float[jax.Array, "R P"]:
     """The columns of all devices side by side, on every device."""
     # Devices first: gathered along a last axis, XLA would transpose the whole slab that the rows come from.
     rows_drc = jax.lax.all_gather(rows_rc, sharding.ALL)
     return rows_drc.swapaxes(0, 1).reshape(rows_rc.shape[0], -1)
 
 
-def own_columns(a_rk: Float[jax.Array, "R K"], width: int) -> Float[jax.Array, "R C"]:
+def own_columns(a_rp: Float[jax.Array, "R P"], width: int) -> Float[jax.Array, "R C"]:
     """Of rows of the whole matrix, the columns that this device holds."""
-    return jax.lax.dynamic_slice_in_dim(a_rk, first_column(width), width, axis=-1)
+    return jax.lax.dynamic_slice_in_dim(a_rp, first_column(width), width, axis=-1)
 
 
 def first_column(width: int) -> jax.Array:
     """Where in the whole matrix the slab of this device begins."""
-    return jax.lax.axis_index(sharding.ALL) * width
+    return jnp.asarray(jax.lax.axis_index(sharding.ALL), int) * width
+
+
+def permuted(
+    slabs: Slabs, rows_k: Int[jax.Array, " K"], added: Float[jax.Array, ""], memory_pc: Float[jax.Array, "P C"]
+) -> Float[jax.Array, "P C"]:
+    """This device's columns of `A[rows, :][:, rows] + added I`, written over `memory`, a panel of rows at a time. Padding
+    comes last."""
+    size, width = slabs.values.shape
+    rows_p = jnp.concatenate([rows_k, jnp.arange(slabs.k, size, dtype=rows_k.dtype)])
+    columns_c = own_columns(rows_p[None, :], width)[0]
+    own_c = first_column(width) + jnp.arange(width)
+
+    def panel(index: jax.Array, out_pc: jax.Array) -> jax.Array:
+        start = index * PANEL
+        rows_b = jax.lax.dynamic_slice_in_dim(rows_p, start, PANEL)
+        all_bp = gathered(slabs.values[rows_b])
+        on_diagonal_bc = (start + jnp.arange(PANEL))[:, None] == own_c[None, :]
+        out_bc = all_bp[:, columns_c] + jnp.where(on_diagonal_bc, added, 0.0)
+        return jax.lax.dynamic_update_slice_in_dim(out_pc, out_bc, start, 0)
+
+    return jax.lax.fori_loop(0, size // PANEL, panel, memory_pc)
 
 
 def on_all_devices(true: jax.Array) -> jax.Array:

@@ -1,0 +1,89 @@
+"""Qronos (arXiv 2505.11695): the loop makes up for what the inputs have drifted, beginning with its first row."""
+
+import dataclasses
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+
+from jgptq.notation import Float, Int
+from jgptq.settings.solver import Order, SolverConfig
+from jgptq.solver.linalg.triangular import product
+from jgptq.solver.loop import Loop
+from jgptq.solver.methods.base import Statistics
+from jgptq.solver.placement import RowReader, Triangular
+from jgptq.solver.prepared import Prepared
+from jgptq.solver.problem import Problem, Quantized
+from jgptq.solver.target import shifted_target
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Qronos:
+    """The loop begins with the shifted target, moved to where Qronos chooses its first code, and reads no matrix but L."""
+
+    loop: Loop
+    order: Order
+    statistics: Statistics
+    target_shift: float
+    is_nearest: bool = False
+
+    @classmethod
+    def of(cls, config: SolverConfig) -> Self:
+        """The method with the settings of a config."""
+        shifts = config.target_shift > 0
+        return cls(
+            loop=Loop.of(config),
+            order=config.order,
+            statistics=Statistics(factor=True, drift=shifts, residual=config.shifts_residual, needs_drift=shifts),
+            target_shift=config.target_shift,
+        )
+
+    def quantize(
+        self, w_kn: Float[jax.Array, "K N"], residual_kn: Float[jax.Array, "K N"] | None, prepared: Prepared
+    ) -> Quantized:
+        """`jgptq.solver.methods.base.Method.quantize`."""
+        problem = Problem.of(prepared)
+        rows_k = problem.sequence.rows_k
+        target_kn = shifted_target(w_kn, problem.inverse_times, problem.drift, None, self.target_shift)
+        start_kn = target_kn[rows_k]
+        if problem.drift is not None:
+            drift, first = problem.drift.permuted(rows_k), problem.diag_k[rows_k[0]]
+            start_kn = qronos_start(w_kn[rows_k], start_kn, problem.factor, first, drift, self.target_shift)
+        return self.loop.quantize(start_kn, target_kn, problem, measured=False)
+
+    def outcome(self, prepared: Int[jax.Array, ""]) -> Int[jax.Array, ""]:
+        """That of the factorization."""
+        return prepared
+
+
+def qronos_start(
+    w_kn: Float[jax.Array, "K N"],
+    target_kn: Float[jax.Array, "K N"],
+    factor: Triangular,
+    first: Float[jax.Array, ""],
+    drift: RowReader,
+    alpha: float,
+) -> Float[jax.Array, "K N"]:
+    """Where Qronos' loop begins (arXiv 2505.11695, algorithm 1 in the form of its theorem on GPTQ-like updates).
+
+    Its first code is chosen with the rows after it still at their float values, `w_0 + <x_0, (X_f - X) w> / <x_0, x_0>`; all rows
+    after it then follow by least squares, and from there on it is GPTQ on the shifted target. Moving row 0 of that target there,
+    and the others as conditional least squares demands, says the same.
+
+    Args:
+      w_kn: the kernel `[K, N]`.
+      target_kn: W' of `jgptq.solver.target.shifted_target`.
+      factor: L, rows and columns as in `w_kn`.
+      first: the undamped Hessian's first entry, `<x_0, x_0>`.
+      drift: C, rows and columns as in L.
+      alpha: the fraction that is corrected.
+
+    Returns:
+      What `compensate` starts from, in place of W'.
+    """
+    live = first > 0
+    pull_n = alpha * product(drift.rows(0, 1), w_kn)[0]
+    first_n = w_kn[0] + jnp.where(live, pull_n / jnp.where(live, first, 1.0), 0.0)
+    one_k1 = jnp.zeros((w_kn.shape[0], 1), w_kn.dtype).at[0].set(1.0)
+    u_k1 = factor.solve(one_k1)  # the first row of U
+    return target_kn - u_k1 * ((target_kn[0] - first_n) / u_k1[0])[None]
