@@ -10,16 +10,13 @@ others.
 """
 
 import dataclasses
-import os
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import paths  # isort: skip  # noqa: F401
 import jax
 import numpy as np
+from on_cpu import start_on_cpu
 from records import Record, arguments, require_gpu
 
 import jgptq
@@ -51,19 +48,10 @@ def quantized(preset: str, rehearse: bool) -> dict[str, np.ndarray]:
     return codes | {"perplexity": np.asarray(perplexity(decoder, stream, tinycode.SEQ_LEN))}
 
 
-def on_cpu(preset: str, rehearse: bool) -> dict[str, np.ndarray]:
-    """The same from a process that sees the CPU alone."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "quantized.npz"
-        command = [sys.executable, __file__, "quantize", "--save", str(path), "--preset", preset]
-        subprocess.run([*command, *(["--rehearse"] if rehearse else [])], check=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
-        with np.load(path) as arrays:
-            return dict(arrays)
-
-
 def compared(preset: str, rehearse: bool) -> dict[str, Any]:
     """One preset on this device and on the CPU."""
-    here, there = quantized(preset, rehearse), on_cpu(preset, rehearse)
+    from_cpu = start_on_cpu(__file__, "quantize", "--preset", preset, *(["--rehearse"] if rehearse else []))
+    here, there = quantized(preset, rehearse), from_cpu()
     values = [float(side.pop("perplexity")) for side in (here, there)]
     rows = []
     for name, codes_kn in here.items():

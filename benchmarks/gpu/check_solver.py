@@ -7,16 +7,13 @@ miss by a factor of a thousand. The codes: their loss in float64 is that of the 
 """
 
 import argparse
-import os
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import paths  # isort: skip  # noqa: F401
 import jax.numpy as jnp
 import numpy as np
+from on_cpu import start_on_cpu
 from records import Record, arguments, require_gpu
 
 from jgptq.settings.solver import SolverConfig
@@ -53,16 +50,6 @@ def solved(h_kk: np.ndarray, w_kn: np.ndarray, config: SolverConfig) -> dict[str
     }
 
 
-def on_cpu(name: str, rehearse: bool) -> dict[str, np.ndarray]:
-    """The same from a process that sees the CPU alone: the kernels are chosen by the process' first device."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "solved.npz"
-        command = [sys.executable, __file__, "--save", str(path), "--config", name, *(["--rehearse"] if rehearse else [])]
-        subprocess.run(command, check=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
-        with np.load(path) as arrays:
-            return dict(arrays)
-
-
 def factor_error(h_kk: np.ndarray, here: dict[str, np.ndarray]) -> float:
     """The error of `R^T R` relative to the norm of the permuted, damped Hessian."""
     h64 = h_kk.astype(np.float64)
@@ -75,7 +62,8 @@ def factor_error(h_kk: np.ndarray, here: dict[str, np.ndarray]) -> float:
 def compared(name: str, rehearse: bool) -> dict[str, Any]:
     """One configuration on this device and on the CPU."""
     h_kk, w_kn = problem(rehearse)
-    here, there = solved(h_kk, w_kn, CONFIGS[name]), on_cpu(name, rehearse)
+    from_cpu = start_on_cpu(__file__, "--config", name, *(["--rehearse"] if rehearse else []))
+    here, there = solved(h_kk, w_kn, CONFIGS[name]), from_cpu()
     losses = []
     for side in (here, there):
         lost_kn = w_kn.astype(np.float64) - side["w_kn"]
