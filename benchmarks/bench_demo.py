@@ -1,10 +1,10 @@
-"""What each width costs on two trained models: float, round-to-nearest and GPTQ at 4, 3 and 2 bits, as `jgptq demo` shows it.
+"""What each bit width loses on two trained models: float, round-to-nearest and GPTQ at 4, 3 and 2 bits, as in `jgptq demo`.
 
     pip install -e '.[bench]' && python benchmarks/bench_demo.py [--stories FOLDER]
 
 The embedded model at group 128, calibrated on 256 samples of 256 tokens of the standard library and scored on held-out files of
 it; and, where its folder is given, a trained Llama of 260 thousand parameters at group 32 (its MLP is 172 wide, no multiple of
-32, and stays float). Writes the figures, and a picture of them beside them.
+32, and stays float). Writes the figures and a picture of them.
 """
 
 import argparse
@@ -34,10 +34,10 @@ def draw(models: dict[str, list[dict[str, Any]]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, len(models), figsize=(4.2 * len(models), 3.2), squeeze=False)
-    for axis, (name, found) in zip(axes[0], models.items(), strict=True):
-        base = found[0]["perplexity"]
+    for axis, (name, variants) in zip(axes[0], models.items(), strict=True):
+        base = variants[0]["perplexity"]
         for method, colour in (("RTN", "#b0b0b0"), ("GPTQ", "#1f6fb4")):
-            points = [row for row in found if row["method"] == method]
+            points = [row for row in variants if row["method"] == method]
             excess = [100 * (row["perplexity"] / base - 1) for row in points]
             at = np.arange(len(BITS)) + (-0.2 if method == "RTN" else 0.2)
             axis.bar(at, excess, 0.38, label=method, color=colour)

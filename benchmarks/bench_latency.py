@@ -1,12 +1,12 @@
-"""A small model from the command line, the whole process: seconds with an empty and with a filled compilation cache, each preset.
+"""A small model from the command line: seconds of the whole process, compilation cache empty and filled, each preset.
 
     make interop-venv && python benchmarks/bench_latency.py
 
 The embedded model, 128 samples of 256 tokens, 4 bit, group 128, symmetric: `jgptq quantize`, as a user types it, with an empty
 cache folder (cold), and the same command again (warm). The peer is GPTQModel on the same tokens in a process of its own, with its
-default batch size (1) and with the fastest one on two cores (8). All jobs of a round run one after the other; quoted are medians
-of the ratios within a round. Whole processes: interpreter, imports, reading and writing included on both sides. GPTQModel runs
-once before the clock starts, because it compiles an extension when it is first used.
+default batch size (1) and with the fastest one on two cores (8). All jobs of a round run one after the other; the figures are
+medians of the ratios within a round. Whole processes: interpreter, imports, reading and writing included on both sides.
+GPTQModel runs once before the clock starts, because it compiles an extension when it is first used.
 """
 
 import argparse
@@ -61,13 +61,13 @@ def peer(work: Path, tokens: Path, python: str, batch: int) -> float:
 
 
 def run_round(work: Path, tokens: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Every job once, in turn."""
+    """Every job once, one after the other."""
     peers = {str(batch): peer(work, tokens, args.peer_python, batch) for batch in PEER_BATCHES}
     return {"gptqmodel": peers, "jgptq": {preset: ours(work, tokens, preset) for preset in args.presets}}
 
 
 def summary(rounds: list[dict[str, Any]], presets: list[str]) -> dict[str, Any]:
-    """Median ratios GPTQModel / jgptq, by the peer's batch size, preset and state of the cache; and what was asked of them."""
+    """Median ratios GPTQModel / jgptq, by the peer's batch size, preset and state of the cache; and the targets."""
     return {
         f"{preset} {state}": {
             "seconds": statistics.median(entry["jgptq"][preset][state] for entry in rounds),

@@ -1,11 +1,11 @@
-"""Peak host memory of quantizing a checkpoint: bounded by a few blocks, and not by the model.
+"""Peak host memory of quantizing a checkpoint: it depends on the size of a block and not on their number.
 
     python benchmarks/bench_memory.py
 
 Two random Llamas of the same block (2048 wide, 5632 inner, bfloat16: 103 MB), one of 5 blocks and one of 20 (2 GB), each
 quantized to 4 bit, in its own dtype, in a process of its own that streams finished blocks into the output folder. If memory is
-bounded by blocks, both peaks are the same. Reported are the peak resident set of the process, and that of a process that only
-imports jgptq and compiles nothing.
+independent of their number, both peaks are the same. Reported are the peak resident set of the process, and that of a process
+that only imports jgptq and compiles nothing.
 """
 
 import json

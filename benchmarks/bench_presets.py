@@ -1,10 +1,10 @@
-"""What settings cost: the whole job at each preset, and at single settings, in terms of preset `balanced`.
+"""What presets and options cost: the time of a whole job with each, relative to preset `balanced`.
 
     python benchmarks/bench_presets.py
 
 The random Llama and tokens of `bench_quantize.py`; 4 bit, group 128. Every job runs in a process of its own, all of a round one
-after the other, `--runs` rounds; quoted are medians of the ratios to `balanced` of the same round. Seconds cover load, quantize
-and save, compilation included, imports not. Random weights tell the cost of settings and nothing of their worth.
+after the other, `--runs` rounds; the figures are medians of the ratios to `balanced` of the same round. Seconds cover load,
+quantize and save, compilation included, imports not. With random weights only the cost of a setting is meaningful, not its loss.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What each option is worth: excess log-perplexity over the float model, by bits, grid and group, beside GPTQModel's best.
+"""What each option contributes: excess log-perplexity over the float model, by bits, grid and group, against GPTQModel's best.
 
     python benchmarks/bench_quality.py [--stories FOLDER] [--peer-python .venv-interop/bin/python]
         [--peer-exports FOLDER] [--options best,balanced] [--bits 4,3,2] [--formats REGEX]
@@ -7,10 +7,10 @@ On the embedded model at groups of 128 and 32, and, where its folder is given, o
 groups of 32 (its MLP is 172 wide, no multiple of 32, and stays float on both sides). Both sides calibrate on the same 65,536
 tokens and are scored on the same held-out text, by the same code, in float32; GPTQModel's export is read back for that. Its
 settings are those that its own documentation advises for quality: order inside groups, mse=2.4, and gptaq off, with alpha 0.25
-and with alpha 1; the best of the three, by the figure itself, is what ours is held against.
+and with alpha 1; ours is compared with the best of the three, selected by the figure itself.
 
-The result grows as the table is worked through, and what is there is not measured again: delete the file to begin anew. Beside it
-stands the same as a table to read, `quality_cpu.md`.
+The result is written after every cell, and cells that it holds are not measured again: delete the file to start afresh.
+`quality_cpu.md` has the same as tables.
 """
 
 import argparse
@@ -63,7 +63,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 PEERS = {"gptaq off": None, "gptaq alpha 0.25": 0.25, "gptaq alpha 1": 1.0}
 LIMITS = {32: {4: 0.8, 3: 0.7, 2: 0.65}, 128: {4: 0.85, 3: 0.85, 2: 0.75}}
-MAKES_FILES_DEARER = "plain gptq, order desc_act"
+COSTS_WHEN_SERVED = "plain gptq, order desc_act"
 
 
 def cases(stories: Path | None) -> Iterator[tuple[str, str, int, np.ndarray, np.ndarray, list[str]]]:
@@ -78,7 +78,7 @@ def cases(stories: Path | None) -> Iterator[tuple[str, str, int, np.ndarray, np.
 
 
 def peer_exports(python: Path, folder: str, calib: np.ndarray, settings: dict[str, dict[str, Any]], out: Path) -> None:
-    """Has GPTQModel quantize at every setting that is not in `out` yet."""
+    """Runs GPTQModel with every setting that has no folder in `out` yet."""
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
         model = place / "model"
@@ -100,24 +100,24 @@ def log_perplexity(params: Any, tokens: np.ndarray) -> float:
 
 
 def measured(folder: str, calib: np.ndarray, tokens: np.ndarray, settings: dict[str, Any], base: float) -> dict[str, Any]:
-    """One cell of our side."""
+    """One cell of jgptq."""
     started = time.process_time()
     quantized, report = jgptq.quantize(load_hf(folder, "float32"), calib, config=make_config(settings))
     used = time.process_time() - started
     rows = [row for row in report.rows if row.quantized]
     return {
         "excess": log_perplexity(quantized, tokens) - base,
-        "cpu_seconds": round(used, 1),  # of all cores together: what else the machine does counts little
+        "cpu_seconds": round(used, 1),  # of all cores together: less sensitive than wall time to other load on the machine
         "loss_over_rtn": sum(row.loss or 0 for row in rows) / sum(row.rtn_loss or 0 for row in rows),
         "linears_above_rtn": [row.name for row in report.worse_than_rtn],
     }
 
 
-def verdicts(found: dict[str, Any]) -> dict[str, Any]:
-    """Our best free setting, and each preset, over GPTQModel's best, for every format that both sides have."""
+def verdicts(formats: dict[str, Any]) -> dict[str, Any]:
+    """Our best setting that costs nothing when served, and each preset, over GPTQModel's best, for every format of both."""
     ratios = {}
-    for key, cells in found.items():
-        ours = {name: cell["excess"] for name, cell in cells["ours"].items() if name != MAKES_FILES_DEARER}
+    for key, cells in formats.items():
+        ours = {name: cell["excess"] for name, cell in cells["ours"].items() if name != COSTS_WHEN_SERVED}
         theirs = [cell["excess"] for cell in cells["gptqmodel"].values()]
         if ours and theirs:
             free = min(ours, key=lambda name: ours[name])
@@ -128,7 +128,7 @@ def verdicts(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def mean_ratio(formats: list[dict[str, Any]], option: str) -> str:
-    """Geometric mean of an option's excess over GPTQModel's best in some formats, and their number if some lack it."""
+    """Geometric mean of an option's excess over GPTQModel's best, with the number of formats where some are not measured."""
     pairs = [
         (cells["ours"][option]["excess"], min(cell["excess"] for cell in cells["gptqmodel"].values()))
         for cells in formats
@@ -140,28 +140,28 @@ def mean_ratio(formats: list[dict[str, Any]], option: str) -> str:
     return f"{mean:.2f}" + ("" if len(pairs) == len(formats) else f" ({len(pairs)} of {len(formats)})")
 
 
-def tables(found: dict[str, Any]) -> str:
-    """Markdown: what every option leaves of GPTQModel's best at each width, and the excess of every cell."""
+def tables(formats: dict[str, Any]) -> str:
+    """Markdown: every option's excess over GPTQModel's best at each width, and the excess of every cell."""
 
     def measured_anywhere(option: str) -> bool:
-        return any(option in cells["ours"] for cells in found.values())
+        return any(option in cells["ours"] for cells in formats.values())
 
-    wide = {bits: [cells for key, cells in found.items() if f"{bits} bit" in key] for bits in (4, 3, 2)}
+    wide = {bits: [cells for key, cells in formats.items() if f"{bits} bit" in key] for bits in (4, 3, 2)}
     lines = ["| option | 4 bit | 3 bit | 2 bit |", "|---|---|---|---|"]
     lines += [
         f"| {option} | " + " | ".join(mean_ratio(wide[bits], option) for bits in wide) + " |"
         for option in OPTIONS
         if measured_anywhere(option)
     ]
-    for model in dict.fromkeys(key.split(" bit")[0].rsplit(", ", 1)[0] for key in found):
+    for model in dict.fromkeys(key.split(" bit")[0].rsplit(", ", 1)[0] for key in formats):
         order = [f"{model}, {bits} bit {grid}" for bits in wide for grid in ("sym", "asym")]
-        keys = [key for key in order if key in found]
+        keys = [key for key in order if key in formats]
         heads = [key.removeprefix(model + ", ") for key in keys]
         lines += ["", f"{model}: excess log-perplexity over float, in thousandths", "", f"| | {' | '.join(heads)} |"]
         lines += ["|---" * (len(keys) + 1) + "|"]
         for side, names in (("gptqmodel", list(PEERS)), ("ours", list(filter(measured_anywhere, OPTIONS)))):
             for name in names:
-                values = [found[key][side][name]["excess"] * 1000 if name in found[key][side] else None for key in keys]
+                values = [formats[key][side][name]["excess"] * 1000 if name in formats[key][side] else None for key in keys]
                 row = " | ".join("" if value is None else f"{value:.1f}" for value in values)
                 lines += [f"| {'GPTQModel, ' if side == 'gptqmodel' else ''}{name} | {row} |"]
     return "\n".join(lines) + "\n"
@@ -171,7 +171,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stories", type=Path)
     parser.add_argument("--peer-python", type=Path)
-    parser.add_argument("--peer-exports", type=Path, help="keep, or find, GPTQModel's folders here")
+    parser.add_argument("--peer-exports", type=Path, help="folder for GPTQModel's exports; those it holds are not made again")
     parser.add_argument("--options", default=",".join(OPTIONS).replace(", ", "; "), help="separated by commas")
     parser.add_argument("--bits", default="4,3,2")
     parser.add_argument("--formats", default="", help="regex of the formats to measure, such as 'group 32, 3 bit'")
@@ -180,8 +180,8 @@ def main() -> None:
     path = RESULTS / f"{NAME}.json"
     result = json.loads(path.read_text()) if path.exists() else {"float": {}, "formats": {}}
 
-    def keep() -> None:
-        # The circumstances are those of the last cell; every cell holds the commit that it was measured at.
+    def write() -> None:
+        # Device and versions are those of the last cell; every cell records the commit that it was measured at.
         write_result(NAME, {**circumstances(), **result, "verdicts": verdicts(result["formats"])})
         (RESULTS / f"{NAME}.md").write_text(tables(result["formats"]))
 
@@ -213,7 +213,7 @@ def main() -> None:
                         excess = log_perplexity(load_hf(str(export), "float32"), tokens) - base
                         seconds = float((export / "seconds.txt").read_text())
                         cells["gptqmodel"][name] = {"excess": excess, "seconds": seconds}
-                    keep()
+                    write()
                 for name in options:
                     if name in cells["ours"]:
                         continue
@@ -221,7 +221,7 @@ def main() -> None:
                     cell = measured(folder, calib, tokens, settings, base)
                     cells["ours"][name] = cell | {"commit": circumstances()["commit"]}
                     print(f"{key}, {name}: {cell['excess']:.5f} ({cell['cpu_seconds']} s)", flush=True)
-                    keep()
+                    write()
     for key, verdict in verdicts(result["formats"]).items():
         print(key, {name: round(value, 3) if isinstance(value, float) else value for name, value in verdict.items()})
 

@@ -1,10 +1,10 @@
-"""The whole job against GPTQModel: seconds and peak memory on the same model and tokens, in turn, in one run.
+"""A whole job against GPTQModel: seconds and peak memory on the same model and tokens, alternating in one run.
 
     make interop-venv && python benchmarks/bench_quantize.py
 
 A random Llama of 12 blocks, 768 wide, 2048 inner, float16 on the disk; 32 samples of 512 tokens; 4 bit, group 128, symmetric.
-Every job runs in a process of its own, one after the other, `--runs` times; quoted are the medians of the ratios of neighbouring
-runs with activations in the same dtype: float32, and bfloat16, which GPTQModel takes by default on a CPU. Seconds cover load,
+Every job runs in a process of its own, one after the other, `--runs` times; the figures are medians of the ratios of neighbouring
+runs with activations in the same dtype: float32, and bfloat16, the default of GPTQModel on a CPU. Seconds cover load,
 quantize and save, compilation included, imports not.
 """
 
@@ -26,7 +26,7 @@ SAMPLES, SEQ_LEN = 32, 512
 
 
 def run(command: list[str], result: Path) -> dict[str, Any]:
-    """Runs one job and reads what it measured."""
+    """Runs one job and reads its result."""
     env = os.environ | {"PYTHONPATH": str(HERE.parent)}
     done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=result.parent, check=False)
     if done.returncode:
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="of activations, for both")
     parser.add_argument("--no-peer", action="store_true", help="only time this project, on a machine without the peer")
     parser.add_argument("--name", default="quantize_cpu", help="name of the result")
-    parser.add_argument("--peer-batch", type=int, default=8, help="GPTQModel's batch_size: samples run at once, as ours runs 8")
+    parser.add_argument("--peer-batch", type=int, default=8, help="samples in a batch of GPTQModel")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)

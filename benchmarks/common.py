@@ -1,4 +1,4 @@
-"""What the benchmarks share: random checkpoints, and the circumstances of a measurement."""
+"""What the benchmarks share: random checkpoints, and the device, versions and commit of a measurement."""
 
 import json
 import os
@@ -23,7 +23,7 @@ def random_llama(
     """Writes a random Llama as a Hugging Face folder, tensor by tensor, with a tokenizer of as many byte-level tokens as fit.
 
     Args:
-      folder: where to; replaced if it is there.
+      folder: the folder to write; replaced where it exists.
       blocks: L.
       width: D.
       inner: width of the MLP.
@@ -76,7 +76,7 @@ def random_tokens(path: Path, samples: int, seq_len: int, vocab: int) -> Path:
 
 
 def circumstances() -> dict[str, Any]:
-    """Where and on what a result was measured."""
+    """The device, versions and commit of a measurement."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
     dirty = subprocess.run(
         ["git", "status", "--porcelain"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
@@ -107,7 +107,7 @@ def _cpuinfo() -> list[str]:
 
 
 def write_tokenizer(folder: Path) -> None:
-    """Writes a byte-level tokenizer, for readers that insist on one."""
+    """Writes a byte-level tokenizer, for readers that require one."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     vocab = {token: index for index, token in enumerate(["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}

@@ -3,9 +3,10 @@
     python benchmarks/job_jgptq.py MODEL_FOLDER TOKENS.npy OUT_FOLDER RESULT.json [--bits 4 --group-size 128 --dtype auto]
         [--preset balanced] [--set NAME=VALUE ...]
 
-VALUE is read as JSON where it is JSON: refine=2, scale=mse, target_shift=0.5.
+VALUE is parsed as JSON, or is a string where it is not JSON: refine=2, scale=mse, target_shift=0.5.
 
-RESULT.json: {"seconds": {"load", "quantize", "save", "total"}, "peak_rss_bytes"}; imports are not in the seconds, compilation is.
+RESULT.json: {"seconds": {"load", "quantize", "save", "total"}, "peak_rss_bytes"}; seconds exclude imports and include
+compilation.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from jgptq.settings.presets import make_config
 
 
 def setting(text: str) -> tuple[str, Any]:
-    """A name and its value, from the command line."""
+    """Parses `NAME=VALUE`."""
     name, _, value = text.partition("=")
     try:
         return name, json.loads(value)

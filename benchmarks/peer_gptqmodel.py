@@ -1,14 +1,14 @@
-"""GPTQModel on the CPU over given calibration ids: the peer that jgptq's quality, time and memory are held against.
+"""GPTQModel on the CPU with given calibration ids: the peer of the benchmarks of quality, time and memory.
 
 Standalone: run with the python of the interoperability venv.
 
     python peer_gptqmodel.py MODEL_FOLDER TOKENS.npy OUT_FOLDER RESULT.json [options]
 
-MODEL_FOLDER is a float Hugging Face checkpoint with a tokenizer (GPTQModel loads one, though the ids are used as they are);
-TOKENS holds int [samples, seq_len]. Options left out keep GPTQModel's own defaults, but for the dtype: on a CPU it would cast
-the whole model to bfloat16, and write every float tensor so; `--dtype auto` does that.
-RESULT.json: {"seconds": {"load", "quantize", "save", "total"}, "peak_rss_bytes", "versions", "settings"}. Imports are not in the
-seconds, though what they occupy is in the bytes.
+MODEL_FOLDER is a float Hugging Face checkpoint with a tokenizer (GPTQModel loads one, though the ids are used unchanged);
+TOKENS holds int [samples, seq_len]. Options that are not given keep GPTQModel's own defaults, except the dtype: on a CPU its
+default casts the whole model to bfloat16 and writes every float tensor in it; `--dtype auto` does that.
+RESULT.json: {"seconds": {"load", "quantize", "save", "total"}, "peak_rss_bytes", "versions", "settings"}. The
+seconds exclude imports; the bytes include their memory.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "4")  # its default is half the cores, and one worker is an error
+os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "4")  # its default is half the cores, and it fails with one worker
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
@@ -33,13 +33,13 @@ PASSED_ON = ("bits", "group_size", "sym", "desc_act", "mse", "act_group_aware", 
 
 
 def calibration(tokens: np.ndarray) -> list[dict[str, torch.Tensor]]:
-    """The samples as GPTQModel takes them, every token attended to."""
+    """The samples in the form that GPTQModel takes, all tokens attended to."""
     rows = torch.from_numpy(tokens.astype(np.int64))
     return [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in rows]
 
 
 def check_kept(tokens: np.ndarray, model_folder: Path) -> None:
-    """Refuse lengths that GPTQModel would drop or cut without an error."""
+    """Exits where GPTQModel would drop or cut samples of this length without an error."""
     longest = json.loads((model_folder / "config.json").read_text()).get("max_position_embeddings", tokens.shape[1])
     length = tokens.shape[1]
     if not TOO_SHORT < length <= longest:
@@ -47,19 +47,19 @@ def check_kept(tokens: np.ndarray, model_folder: Path) -> None:
 
 
 def quantize_config(args: argparse.Namespace) -> QuantizeConfig:
-    """The asked settings over GPTQModel's defaults."""
-    asked = {name: getattr(args, name) for name in PASSED_ON}
+    """The given settings over GPTQModel's defaults."""
+    given = {name: getattr(args, name) for name in PASSED_ON}
     if args.group_size == -1 and args.act_group_aware is None:
-        asked["act_group_aware"] = False  # its default, True, is refused without groups
-    return QuantizeConfig(device="cpu", **{name: value for name, value in asked.items() if value is not None})
+        given["act_group_aware"] = False  # its default, True, is an error without groups
+    return QuantizeConfig(device="cpu", **{name: value for name, value in given.items() if value is not None})
 
 
 def run(args: argparse.Namespace) -> dict[str, object]:
-    """Quantize and save; what RESULT.json says of it."""
+    """Quantizes and saves; returns the content of RESULT.json."""
     tokens = np.load(args.tokens)
     check_kept(tokens, args.model_folder)
     config = quantize_config(args)
-    load_pack_block_extension()  # its first use ever compiles C++ for 40 s, and is kept in ~/.cache: that is installation
+    load_pack_block_extension()  # compiles C++ for 40 s when first used, and keeps that in ~/.cache: part of the installation
     dtype = "auto" if args.dtype == "auto" else getattr(torch, args.dtype)
     marks = [time.perf_counter()]
     model = GPTQModel.load(str(args.model_folder), config, dtype=dtype)
@@ -88,13 +88,13 @@ def run(args: argparse.Namespace) -> dict[str, object]:
 
 
 def without_paths(settings: dict[str, object]) -> dict[str, object]:
-    """The settings less the scratch folder of this run."""
+    """The settings without the scratch folder of this run."""
     kept = {name: value for name, value in settings.items() if not name.endswith("_path")}
     return {name: without_paths(value) if isinstance(value, dict) else value for name, value in kept.items()}
 
 
 def parse_args() -> argparse.Namespace:
-    """The command line; an option that is None is left to GPTQModel."""
+    """The command line; an option that is None keeps GPTQModel's default."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("model_folder", "tokens", "out_folder", "result"):
         parser.add_argument(name, type=Path)
@@ -111,7 +111,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Read the command line, write RESULT.json."""
+    """Reads the command line and writes RESULT.json."""
     args = parse_args()
     args.result.write_text(json.dumps(run(args), indent=2, default=str) + "\n")
 

@@ -1,4 +1,4 @@
-"""GPTQModel on the CPU at many settings in one process: the peer of the ablation table.
+"""GPTQModel on the CPU with many settings in one process: the peer of `bench_quality.py`.
 
 Standalone: run with the python of the interoperability venv.
 
@@ -6,7 +6,7 @@ Standalone: run with the python of the interoperability venv.
 
 SETTINGS.json maps a name to {"bits", "group_size", "sym", "mse", "gptaq_alpha" (null: off), "act_group_aware", "skip" (regexes of
 modules that stay float)}; each name becomes a folder in OUT_FOLDER, with the seconds that its quantization took in `seconds.txt`.
-What is there already is left as it is, so that a sweep that was stopped goes on.
+Folders that exist are not made again, so that a stopped sweep resumes.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from peer_gptqmodel import calibration, check_kept
 
 
 def config_of(setting: dict[str, Any]) -> QuantizeConfig:
-    """One setting over GPTQModel's defaults; asymmetric codes need format v2 to be held as they are."""
+    """One setting over GPTQModel's defaults, in format v2, which stores asymmetric zero points unchanged."""
     alpha = setting["gptaq_alpha"]
     return QuantizeConfig(
         device="cpu",

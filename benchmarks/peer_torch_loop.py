@@ -2,9 +2,9 @@
 
 A port of `GPTQ.fasterquant` and `Quantizer.find_params` as published with the paper (Frantar et al. 2022): the same operations,
 in the same order. `cholesky`, `cholesky_inverse`, `cholesky(upper=True)`; blocks of 128 columns; inside a block column by column,
-the grid of a group found when its first column comes; one matmul spreads a block's errors over the columns after it. Two things
+the grid of a group is set at its first column; one matmul adds a block's errors to the columns after it. Two things
 differ, so that both solve the same problem: columns are ordered inside and among groups (published: over all of them, which costs
-the same), and scales are rounded to float16, as files hold them. Matrices lie as in torch: `[N, K]`, out-features first.
+the same), and scales are rounded to float16, as files hold them. Matrices are `[N, K]`, as in torch.
 """
 
 from typing import NamedTuple
@@ -13,7 +13,7 @@ import torch
 
 
 class Solved(NamedTuple):
-    """What the published loop finds, columns and groups in the solver's sequence, and that sequence."""
+    """The solution of the published loop: columns and groups in the solver's sequence, and that sequence."""
 
     q_nk: torch.Tensor  # dequantized
     scale_gn: torch.Tensor
@@ -25,9 +25,9 @@ class Solved(NamedTuple):
         n, k = self.q_nk.shape
         scale_nk = self.scale_gn.T.repeat_interleave(k // self.scale_gn.shape[0], dim=1)
         codes_nk = torch.round(self.q_nk / scale_nk) + 2 ** (bits - 1)
-        found_nk = torch.empty((n, k), dtype=torch.uint8)
-        found_nk[:, self.order_k] = codes_nk.to(torch.uint8)
-        return found_nk
+        matrix_nk = torch.empty((n, k), dtype=torch.uint8)
+        matrix_nk[:, self.order_k] = codes_nk.to(torch.uint8)
+        return matrix_nk
 
     def values(self) -> torch.Tensor:
         """The dequantized matrix `[N, K]`, columns as in the matrix."""
@@ -63,7 +63,7 @@ def group_order(diag_k: torch.Tensor, group_size: int) -> torch.Tensor:
 def fasterquant(
     w_nk: torch.Tensor, h_kk: torch.Tensor, *, bits: int, group_size: int, percdamp: float = 0.01, blocksize: int = 128
 ) -> Solved:
-    """Quantizes a matrix by the published loop; its arguments are left as they are.
+    """Quantizes a matrix by the published loop; its arguments are not modified.
 
     Args:
       w_nk: float32 `[N, K]`.
@@ -121,7 +121,7 @@ def fasterquant(
 
 @torch.no_grad()
 def losses(w_nk: torch.Tensor, h_kk: torch.Tensor, solved: Solved, *, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`dW^T H dW` of each row `[N]`, of the solution and of round-to-nearest: what jgptq reports beside the codes."""
+    """`dW^T H dW` of each row `[N]`, of the solution and of round-to-nearest, both of which jgptq reports."""
     w_gr = w_nk.reshape(-1, w_nk.shape[1] // solved.scale_gn.shape[0])
     rounded_nk = quantize(w_gr, *find_params(w_gr, 2**bits - 1), 2**bits - 1).reshape(w_nk.shape)
     off_nk, rtn_off_nk = w_nk - solved.values(), w_nk - rounded_nk
