@@ -13,8 +13,8 @@ from jgptq.errors import CalibrationError, ConfigError
 from jgptq.models import RESIDUAL, Carry, Decoder, Unit
 from jgptq.models.memory import to_device
 from jgptq.notation import Array
-from jgptq.solver.drift import StageSums, accumulate_drift, empty_drift
-from jgptq.solver.hessian import accumulate, empty
+from jgptq.solver import Placement
+from jgptq.solver.drift import StageSums
 
 CPU_BATCH_TOKENS = 1024
 BATCH_TOKENS = 4096
@@ -74,7 +74,14 @@ def embed(params: Decoder, batches: Sequence[np.ndarray], *, reference: bool) ->
 _embed = jax.jit(lambda embedder, tokens: embedder.embed(tokens))
 
 
-def observe(work: Unit, reference: Unit, batches: Sequence[Batch], stage: int, *, drift: bool) -> StageSums:
+class Observation(NamedTuple):
+    """What is summed of the activations that a stage's linears read."""
+
+    drift: bool  # whether the solve reads how far the quantized model has drifted from the float one
+    placement: Placement  # where the sums lie
+
+
+def observe(work: Unit, reference: Unit, batches: Sequence[Batch], stage: int, wanted: Observation) -> StageSums:
     """Sums over all batches what a stage's linears read.
 
     Args:
@@ -82,62 +89,62 @@ def observe(work: Unit, reference: Unit, batches: Sequence[Batch], stage: int, *
       reference: the float block, on the device.
       batches: as they enter the stage.
       stage: which of the block's stages.
-      drift: whether the stage's solve looks at the float model.
+      wanted: what to sum.
     """
-    total = _empty(work, batches, stage, drift)
+    total = empty_sums(work, stage, wanted)
     for batch in batches:
-        total = _observe(work, reference, batch, total, stage=stage)
+        total = _observe(work, reference, batch, total, stage=stage, placement=wanted.placement)
     return total
 
 
-def advance(
-    work: Unit, reference: Unit, batches: list[Batch], stage: int, *, observe_next: bool, drift: bool
-) -> StageSums | None:
+def advance(work: Unit, reference: Unit, batches: list[Batch], stage: int, wanted: Observation | None) -> StageSums | None:
     """Moves every batch through a stage, in place, so that only one batch exists twice at a time.
 
     Args:
-      work: the block, on the device, with the kernels that the stage goes on with.
+      work: the block, on the device, with the kernels that the model computes with from here on.
       reference: the float block, on the device.
       batches: as they enter the stage; as they leave it, afterwards.
       stage: which of the block's stages.
-      observe_next: whether to sum what the next stage reads, as `observe` would, on the way.
-      drift: whether the next stage's solve looks at the float model.
+      wanted: what to sum of what the next stage reads, on the way; None for nothing.
 
     Returns:
-      Those sums, or None.
+      The sums that `observe` would give for the next stage, or None.
     """
-    total = _empty(work, batches, stage + 1, drift) if observe_next else None
+    total = None if wanted is None else empty_sums(work, stage + 1, wanted)
+    placement = None if wanted is None else wanted.placement
     for index, batch in enumerate(batches):
-        batches[index], total = _advance(work, reference, batch, total, stage=stage)
+        batches[index], total = _advance(work, reference, batch, total, stage=stage, placement=placement)
     return total
 
 
-def _empty(work: Unit, batches: Sequence[Batch], number: int, drift: bool) -> StageSums:
-    stage = work.stages()[number]
-    k = work.linears()[stage.linears[0]].kernel.get_value().shape[0]
-    width = batches[0].carry[RESIDUAL].shape[-1] if stage.adds else None
-    return StageSums(empty(k), empty_drift(k, width) if drift else None)
+def empty_sums(work: Unit, stage: int, wanted: Observation) -> StageSums:
+    """The sums over no tokens of what a stage's linears read."""
+    linears = work.stages()[stage].linears
+    k, n = work.linears()[linears[0]].kernel.get_value().shape
+    return wanted.placement.empty_sums(k, n if work.stages()[stage].adds else None, drift=wanted.drift)
 
 
-def _accumulate(work: Unit, reference: Unit, batch: Batch, total: StageSums, number: int) -> StageSums:
+def _accumulate(work: Unit, reference: Unit, batch: Batch, total: StageSums, number: int, placement: Placement) -> StageSums:
     stage = work.stages()[number]
     h = work.inputs(stage, batch.carry)
-    drift = total.drift
-    if drift is not None and batch.reference is not None:
-        h_float = reference.inputs(stage, batch.reference)
-        lost = batch.reference[RESIDUAL].astype(jnp.float32) - batch.carry[RESIDUAL].astype(jnp.float32)
-        drift = accumulate_drift(drift, h, h_float, lost)
-    return StageSums(accumulate(total.hessian, h), drift)
+    if total.drift is None or batch.reference is None:
+        return placement.accumulate(total, h)
+    lost = batch.reference[RESIDUAL].astype(jnp.float32) - batch.carry[RESIDUAL].astype(jnp.float32)
+    return placement.accumulate(total, h, reference.inputs(stage, batch.reference), lost)
 
 
-@functools.partial(jax.jit, static_argnames="stage", donate_argnames="total")
-def _observe(work: Unit, reference: Unit, batch: Batch, total: StageSums, *, stage: int) -> StageSums:
-    return _accumulate(work, reference, batch, total, stage)
+@functools.partial(jax.jit, static_argnames=("stage", "placement"), donate_argnames="total")
+def _observe(work: Unit, reference: Unit, batch: Batch, total: StageSums, *, stage: int, placement: Placement) -> StageSums:
+    return _accumulate(work, reference, batch, total, stage, placement)
 
 
-@functools.partial(jax.jit, static_argnames="stage", donate_argnames="total")
-def _advance(work: Unit, reference: Unit, batch: Batch, total: StageSums | None, *, stage: int) -> tuple[Batch, StageSums | None]:
+@functools.partial(jax.jit, static_argnames=("stage", "placement"), donate_argnames="total")
+def _advance(
+    work: Unit, reference: Unit, batch: Batch, total: StageSums | None, *, stage: int, placement: Placement | None
+) -> tuple[Batch, StageSums | None]:
     this = work.stages()[stage]
     carry = work.run(this, batch.carry)
     batch = Batch(carry, None if batch.reference is None else reference.run(this, batch.reference))
-    return batch, None if total is None else _accumulate(work, reference, batch, total, stage + 1)
+    if total is None or placement is None:
+        return batch, None
+    return batch, _accumulate(work, reference, batch, total, stage + 1, placement)

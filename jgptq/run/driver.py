@@ -5,7 +5,6 @@ it, and the batches move on through the quantized linears. So each layer is cali
 produce, every Hessian is made once for all linears that share it, and one block is on the device at a time.
 """
 
-import dataclasses
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -13,36 +12,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from jgptq.errors import ConfigError, NumericalError, RuleWarning
-from jgptq.models import RESIDUAL, Block, Decoder, Head, Linear, Unit, checkpoint_name
+from jgptq.models import RESIDUAL, Block, Decoder, Head, Unit, checkpoint_name
 from jgptq.models.memory import copy_module, to_device
 from jgptq.models.packed import PackedTensor
 from jgptq.notation import Array, Int
-from jgptq.run.batches import Batch, advance, cut_batches, embed, observe
-from jgptq.run.lapack import lapack_threads
+from jgptq.run.batches import Batch, Observation, advance, cut_batches, embed, observe
 from jgptq.run.plan import StagePlan, idle_rules, packed_widths, plan_decoder, unit_prefix, units
 from jgptq.run.progress import Progress
-from jgptq.run.report import KEPT_FLOAT, LinearReport, Report, ReportRows
+from jgptq.run.report import LinearReport, Report, ReportRows
 from jgptq.run.sink import MemorySink, Sink
-from jgptq.run.tiles import PreparedStage, SolvedLinear, SolvedStage, prepare_stage, solve_stage, tile_columns
-from jgptq.run.tune import Lesson, tune
+from jgptq.run.stage import Job, kept_row, solve_linears
+from jgptq.run.tiles import tile_columns
 from jgptq.settings.presets import make_config
 from jgptq.settings.run import QuantizeConfig
 from jgptq.settings.solver import SolverConfig
-from jgptq.solver import Outcome
-from jgptq.solver.drift import StageSums
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Run:
-    """What holds for every block."""
-
-    dtype: jnp.dtype  # that activations and expanded kernels are computed in
-    columns: Mapping[tuple[int, SolverConfig], int]  # K, a stage's settings -> columns that are solved at once
-    allow_rtn_fallback: bool
+from jgptq.solver import ONE_DEVICE, Outcome, Placement
 
 
 def quantize(
@@ -53,6 +40,7 @@ def quantize(
     batch_size: int | None = None,
     sink: Sink | None = None,
     progress: bool | None = None,
+    placement: Placement = ONE_DEVICE,
     **settings: Any,
 ) -> tuple[Decoder, Report]:
     """Quantizes every linear of a decoder's blocks, and its output projection on request.
@@ -67,6 +55,8 @@ def quantize(
       batch_size: samples that are run at once; by default about 4096 tokens' worth, 1024 on a CPU.
       sink: where blocks go when they are finished; by default host memory. Blocks that it holds already are not solved again.
       progress: whether to draw a progress bar; by default only on a terminal.
+      placement: where Hessians are summed and factored and columns solved: on one device, or `jgptq.solver.mesh.OnMesh` of a mesh,
+        whose devices then all run the model on all tokens.
       **settings: fields of `QuantizeConfig`: bits, group_size, sym, method, order, damping and so on, a `preset`, and rules
         (`jgptq.Rule`s, or a dict such as `{"-:regex": {}, "+:regex": {"bits": 8}}`).
 
@@ -95,21 +85,28 @@ def quantize(
         _check_finite(name, to_device(module))
     follows = config.tune > 0 or any(used.asymmetric for _, used in columns)
     moving = embed(params, batches, reference=follows)
-    run = _Run(dtype=params.config.compute_dtype, columns=columns, allow_rtn_fallback=config.allow_rtn_fallback)
+    job = Job(
+        dtype=params.config.compute_dtype,
+        columns=columns,
+        placement=placement,
+        allow_rtn_fallback=config.allow_rtn_fallback,
+    )
     with Progress(sum(len(plan) for plan in plans), progress) as bar:
         for index, (block, plan) in enumerate(zip(units(params, config), plans, strict=True)):
             last = index == len(plans) - 1 and (config.lm_head or not config.tune)
             if index in finished:
                 if not last:
-                    _pass_through(finished[index][0], block, plan, moving, run.dtype)
+                    _pass_through(finished[index][0], block, plan, moving, job)
                 bar.advance(f"{(unit_prefix(block, index) or 'lm_head').rstrip('.')} was done", len(plan))
                 continue
-            packed, rows = _quantize_block(index, block, plan, moving, last, run, bar)
+            packed, rows = _quantize_block(index, block, plan, moving, last, job, bar)
             sink.write(index, packed, rows)
     finished = sink.done()
     blocks = [finished[index] for index in range(len(plans))]
     quantized, tuning = _assemble(params, [block for block, _ in blocks], config), None
     if config.tune:
+        from jgptq.run.tune import Lesson, tune  # brings optax along
+
         streams = [batch.reference[RESIDUAL] for batch in moving if batch.reference is not None]
         lessons = [Lesson(*pair) for pair in zip(batches, streams, strict=True)]
         quantized, tuning = tune(quantized, params, lessons, config.tune)
@@ -126,7 +123,7 @@ def _need_of_tokens(config: QuantizeConfig, used: Sequence[SolverConfig]) -> str
 
 
 def _quantize_block(
-    index: int, block: Unit, plan: Sequence[StagePlan], batches: list[Batch], last: bool, run: _Run, bar: Progress
+    index: int, block: Unit, plan: Sequence[StagePlan], batches: list[Batch], last: bool, job: Job, bar: Progress
 ) -> tuple[Unit, ReportRows]:
     """Quantizes one block and moves the batches through it; returns it packed, with its report rows."""
     work = to_device(block)
@@ -135,20 +132,20 @@ def _quantize_block(
     _check_finite(prefix.rstrip("."), work)
     packed: dict[str, PackedTensor] = {}
     rows: list[LinearReport] = []
-    measured = _measured(plan, batches)
-    total = observe(work, reference, batches, 0, drift=plan[0].config.asymmetric) if measured[0] else None
+    first = _observation(plan, 0, batches, job)
+    total = None if first is None else observe(work, reference, batches, 0, first)
     for number, (stage, decision) in enumerate(zip(work.stages(), plan, strict=True)):
         linears = {path: linear for path, linear in work.linears().items() if path in stage.linears}
         names = [_shown(work, prefix + path) for path in linears]
         bar.describe(f"{prefix}{' '.join(name.rpartition('.')[2] for name in names)}")
         if decision.kept_float is not None:
-            rows += [_kept_row(name, linear, decision.kept_float) for name, linear in zip(names, linears.values(), strict=True)]
+            rows += [kept_row(name, linear, decision.kept_float) for name, linear in zip(names, linears.values(), strict=True)]
         else:
-            solved, stage_rows = _solve_stage(names, linears, total, decision.config, run)
+            solved, stage_rows = solve_linears(names, linears, total, decision.config, job)
             rows += stage_rows
             packed |= solved
         if not (last and number == len(plan) - 1):
-            total = _advance(work, reference, plan, batches, number)
+            total = advance(work, reference, batches, number, _observation(plan, number + 1, batches, job))
         bar.advance()
     return _with_kernels(block, packed), tuple(rows)
 
@@ -158,10 +155,11 @@ def _shown(unit: Unit, path: str) -> str:
     return checkpoint_name(path, unit.config.model_type).removeprefix("model.")
 
 
-def _advance(work: Unit, reference: Unit, plan: Sequence[StagePlan], batches: list[Batch], number: int) -> StageSums | None:
-    """Moves the batches through a stage, and sums what the plan says of the next."""
-    drift = number + 1 < len(plan) and plan[number + 1].config.asymmetric
-    return advance(work, reference, batches, number, observe_next=_measured(plan, batches)[number + 1], drift=drift)
+def _observation(plan: Sequence[StagePlan], number: int, batches: Sequence[Batch], job: Job) -> Observation | None:
+    """What is summed of a stage's inputs; None for a stage that stays float, and after the last, which is another block's."""
+    if not batches or number == len(plan) or plan[number].kept_float is not None:
+        return None
+    return Observation(plan[number].config.asymmetric, job.placement)
 
 
 def _reference(work: Unit, batches: Sequence[Batch]) -> Unit:
@@ -173,11 +171,6 @@ def _reference(work: Unit, batches: Sequence[Batch]) -> Unit:
 def _follows(batches: Sequence[Batch]) -> bool:
     """Whether the float model's activations move along with the quantized one's."""
     return any(batch.reference is not None for batch in batches)
-
-
-def _measured(plan: Sequence[StagePlan], batches: Sequence[Batch]) -> list[bool]:
-    """Whether each stage's Hessian is summed; False for the stage after the last, which is another block's."""
-    return [bool(batches) and decision.kept_float is None for decision in plan] + [False]
 
 
 _finite = jax.jit(lambda leaves: [jnp.all(jnp.isfinite(leaf)) for leaf in leaves])
@@ -192,77 +185,7 @@ def _check_finite(path: str, module: nnx.Module) -> None:
         raise NumericalError(f"{', '.join(bad)}: {Outcome.NONFINITE_WEIGHTS.message}")
 
 
-def _solve_stage(
-    names: Sequence[str], linears: Mapping[str, Linear], total: StageSums | None, config: SolverConfig, run: _Run
-) -> tuple[dict[str, PackedTensor], list[LinearReport]]:
-    """Solves the linears of a stage, and puts their expanded kernels into the block that the stage is of."""
-    started = time.monotonic()
-    tokens = 0 if total is None else int(total.hessian.tokens)
-    k = next(iter(linears.values())).kernel.get_value().shape[0]
-    with lapack_threads(k):
-        prepared = None if total is None else prepare_stage(total, config)
-        solved, note = _solve_checked(names, list(linears.values()), prepared, config, run)
-    seconds = time.monotonic() - started
-    width = sum(result.packed.shape[1] for result in solved.linears)
-    packed, rows = {}, []
-    for (path, linear), name, result, kernel in zip(linears.items(), names, solved.linears, solved.kernels, strict=True):
-        packed[path] = result.packed
-        linear.kernel.set_value(kernel)
-        rows.append(_row(name, solved, result, note, tokens, seconds * result.packed.shape[1] / width))
-    return packed, rows
-
-
-def _solve_checked(
-    names: Sequence[str], linears: Sequence[Linear], prepared: PreparedStage | None, config: SolverConfig, run: _Run
-) -> tuple[SolvedStage, str]:
-    """A usable solution and what there is to say of it; a failed solve is an error, unless the caller allowed rounding."""
-    kernels = tuple(jnp.asarray(linear.kernel.get_value()) for linear in linears)
-    columns = run.columns[kernels[0].shape[0], config]
-
-    def solve(used: SolverConfig) -> SolvedStage:
-        return solve_stage(kernels, prepared, used, columns=columns, dtype=run.dtype)
-
-    solved = solve(config)
-    outcome = Outcome(int(solved.outcome))
-    if not outcome.failed:
-        return solved, "" if outcome in (Outcome.SOLVED, Outcome.ROUNDED) else outcome.message
-    rescuable = outcome in (Outcome.ZERO_HESSIAN, Outcome.NOT_FACTORED)
-    if rescuable and run.allow_rtn_fallback:
-        return solve(dataclasses.replace(config, method="rtn")), outcome.message
-    hint = " To round such linears and go on, pass allow_rtn_fallback=True (--allow-rtn-fallback)." if rescuable else ""
-    raise NumericalError(f"{', '.join(names)}: {outcome.message}{hint}")
-
-
-def _row(name: str, stage: SolvedStage, result: SolvedLinear, note: str, tokens: int, seconds: float) -> LinearReport:
-    k, n = result.packed.shape
-    outcome = Outcome(int(stage.outcome)).name
-    if tokens == 0:
-        return LinearReport(name=name, k=k, n=n, outcome=outcome, bits=result.packed.bits, note=note, seconds=seconds)
-    loss, rtn_loss = (float(np.asarray(part, np.float64).sum()) for part in (result.loss_n, result.rtn_loss_n))
-    damping = float(stage.damping)
-    if loss > rtn_loss:
-        note = f"{note} The loss is above that of round-to-nearest.".strip()
-    return LinearReport(
-        name=name,
-        k=k,
-        n=n,
-        outcome=outcome,
-        bits=result.packed.bits,
-        note=note,
-        loss=loss,
-        rtn_loss=rtn_loss,
-        damping=damping,
-        tokens=tokens,
-        seconds=seconds,
-    )
-
-
-def _kept_row(name: str, linear: Linear, reason: str) -> LinearReport:
-    k, n = linear.kernel.get_value().shape
-    return LinearReport(name=name, k=k, n=n, outcome=KEPT_FLOAT, note=f"Stays float: {reason}.")
-
-
-def _pass_through(block: Unit, original: Unit, plan: Sequence[StagePlan], batches: list[Batch], dtype: jnp.dtype) -> None:
+def _pass_through(block: Unit, original: Unit, plan: Sequence[StagePlan], batches: list[Batch], job: Job) -> None:
     """Moves the batches through a finished block exactly as the run that made it did."""
     if not batches:
         return
@@ -270,11 +193,11 @@ def _pass_through(block: Unit, original: Unit, plan: Sequence[StagePlan], batche
     for linear in work.linears().values():
         kernel = linear.kernel.get_value()
         if isinstance(kernel, PackedTensor):
-            linear.kernel.set_value(kernel.dequantize().astype(dtype))
+            linear.kernel.set_value(kernel.dequantize().astype(job.dtype))
     reference = to_device(original) if _follows(batches) else work
     for number in range(len(plan)):
         # The sums are not needed, but the program is: another one might round otherwise, and the files would differ.
-        _advance(work, reference, plan, batches, number)
+        advance(work, reference, batches, number, _observation(plan, number + 1, batches, job))
 
 
 def _with_kernels(block: Unit, packed: Mapping[str, PackedTensor]) -> Unit:

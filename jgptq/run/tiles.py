@@ -77,7 +77,7 @@ class PreparedStage(NamedTuple):
     """What all columns of a stage share, and what the residual stream lost before they are added to it."""
 
     shared: Prepared
-    residual_kd: Float[jax.Array, "K D"] | None
+    residual_kd: Float[jax.Array, "K D"] | None  # None where the columns are not added to the stream
 
 
 def prepare_stage(total: StageSums, config: SolverConfig, placement: Placement = ONE_DEVICE) -> PreparedStage:
@@ -92,14 +92,19 @@ def prepare_stage(total: StageSums, config: SolverConfig, placement: Placement =
       What `solve_stage` takes.
     """
     with _precision(config):
-        return _prepare_stage(total, config.solver, placement)
+        residual_kd = _mean_residual(total, placement) if config.shifts_residual else None
+        return PreparedStage(_prepare(total.without_residual(), config.solver, placement), residual_kd)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "placement"))
-def _prepare_stage(total: StageSums, config: SolverConfig, placement: Placement) -> PreparedStage:
+def _prepare(total: StageSums, config: SolverConfig, placement: Placement) -> Prepared:
     means = placement.means(total)
-    shared = prepare(means.h_kk, config, means.drift_kk, placement=placement)
-    return PreparedStage(shared, means.residual_kn if config.shifts_residual else None)
+    return prepare(means.h_kk, config, means.drift_kk, placement=placement)
+
+
+@functools.partial(jax.jit, static_argnames="placement")
+def _mean_residual(total: StageSums, placement: Placement) -> jax.Array | None:
+    return placement.means(total).residual_kn
 
 
 def _precision(config: SolverConfig) -> contextlib.AbstractContextManager[object]:
@@ -129,8 +134,8 @@ def solve_stage(
     """
     widths = tuple(kernel.shape[1] for kernel in kernels)
     starts = _starts(sum(widths), columns)
-    shared, residual_kd = (None, None) if prepared is None else prepared
-    residuals = [None] * len(starts) if residual_kd is None else _cut((residual_kd,), starts, columns)
+    shared = None if prepared is None else prepared.shared
+    residuals = _residuals(prepared, config, starts, columns)
     with _precision(config):
         tiles = [
             _solve_tile(tile, shared, residual_kn, config.solver, dtype)
@@ -142,6 +147,18 @@ def solve_stage(
         damping=tiles[0].damping,
         outcome=np.max([tile.outcome for tile in tiles]),
     )
+
+
+def _residuals(
+    prepared: PreparedStage | None, config: SolverConfig, starts: tuple[int, ...], columns: int
+) -> Sequence[jax.Array | None]:
+    """The residual of each tile. Where a method reads one and there is none it is zero: one program serves all stages of a K."""
+    if prepared is None or not config.shifts_residual or prepared.shared.drift_kk is None:
+        return [None] * len(starts)
+    if prepared.residual_kd is None:
+        nothing_kn = jnp.asarray(np.zeros((prepared.shared.sequence.rows_k.shape[0], columns), np.float32))
+        return [nothing_kn] * len(starts)
+    return _cut((prepared.residual_kd,), starts, columns)
 
 
 class _Tile(NamedTuple):

@@ -20,12 +20,20 @@ class DriftSum(NamedTuple):
     residual_kd: Float[jax.Array, "K D"] | None  # float32; None for a linear that does not add to the stream
     tokens: Int[jax.Array, ""]
 
+    def without_residual(self) -> "DriftSum":
+        """The sum over inputs alone."""
+        return self._replace(residual_kd=None)
+
 
 class StageSums(NamedTuple):
     """What is summed over the tokens that linears read, in the form of a placement: on one device these, in slabs on a mesh."""
 
     hessian: Any  # a HessianSum
     drift: Any  # a DriftSum; None where no solve looks at the float model
+
+    def without_residual(self) -> "StageSums":
+        """The sums that all linears have: what a Hessian is prepared from."""
+        return self if self.drift is None else self._replace(drift=self.drift.without_residual())
 
 
 def empty_drift(k: int, width: int | None) -> DriftSum:

@@ -1,7 +1,7 @@
 """The integer grid of a group: its scale and zero point, how they are chosen, and round-to-nearest on it."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -103,21 +103,22 @@ def search_grid(
         error_n = error(part_n)
         return jnp.minimum(error_n, least_n), jnp.where(error_n < least_n, part_n, at_n)
 
-    def part(step: jax.Array, of: int) -> jax.Array:
-        return arithmetic.divide(jnp.asarray(step, w_rn.dtype) * whole_n, arithmetic.divisor(of * whole_n))
+    coarse, between = _COARSE - _LEAST + 1, _FINE // _COARSE - 1
 
-    def coarse(step: jax.Array, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        return better(best, part(_COARSE - step, _COARSE))
+    def try_part(step: jax.Array, state: tuple[tuple[jax.Array, jax.Array], jax.Array]) -> tuple[Any, jax.Array]:
+        best, middle_n = state
+        is_coarse = step < coarse
+        middle_n = jnp.where(step == coarse, best[1], middle_n)
+        off = step - coarse - between
+        off = jnp.where(off < 0, off, off + 1)  # the middle itself has been tried
+        count = jnp.where(is_coarse, _COARSE - step, off).astype(w_rn.dtype)
+        parts = jnp.where(is_coarse, jnp.asarray(_COARSE, w_rn.dtype), jnp.asarray(_FINE, w_rn.dtype))
+        part_n = arithmetic.divide(count * whole_n, arithmetic.divisor(parts * whole_n))
+        return better(best, jnp.where(is_coarse, part_n, jnp.minimum(middle_n + part_n, 1.0))), middle_n
 
-    start = jnp.full_like(high_n, jnp.inf), whole_n
-    _, middle_n = best = jax.lax.fori_loop(0, _COARSE - _LEAST + 1, coarse, start)
-
-    def fine(step: jax.Array, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        step = jnp.where(step < 0, step, step + 1)  # the middle itself has been tried
-        return better(best, jnp.minimum(middle_n + part(step, _FINE), 1.0))
-
-    between = _FINE // _COARSE - 1
-    best = jax.lax.fori_loop(-between, between, fine, best)
+    # One loop and not one for each step width: XLA unrolls a short one, and its body is most of what a solve compiles.
+    start = (jnp.full_like(high_n, jnp.inf), whole_n), whole_n
+    best, _ = jax.lax.fori_loop(0, coarse + 2 * between, try_part, start)
     return _shrunk(low_n, high_n, best[1], bits, sym, arithmetic)
 
 

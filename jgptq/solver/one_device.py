@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from jgptq.solver.solution import Solution
 
 _PANELS = 8  # of a quadratic form: those below the diagonal mirror those above, and are not multiplied
+_LEAST_PANEL = 512  # rows: narrower ones save less than what they take to compile
 _LANES = 8
 
 
@@ -86,11 +87,13 @@ class WholeMatrix:
     def quadratic(self, b_kn: Float[jax.Array, "K N"]) -> Float[jax.Array, " N"]:
         """`b^T A b` of each column of B, for a symmetric A."""
         sum_n = jnp.zeros((b_kn.shape[1],), b_kn.dtype)
-        bounds = [self.k * i // _PANELS for i in range(_PANELS + 1)]
+        panels = max(1, min(_PANELS, self.k // _LEAST_PANEL))
+        bounds = [self.k * i // panels for i in range(panels + 1)]
         for start, stop in itertools.pairwise(bounds):
             b_pn = b_kn[start:stop]
             half_pn = product(0.5 * self.a_kk[start:stop, start:stop], b_pn)
-            half_pn = half_pn + product(self.a_kk[start:stop, stop:], b_kn[stop:])
+            if stop < self.k:
+                half_pn = half_pn + product(self.a_kk[start:stop, stop:], b_kn[stop:])
             sum_n += summed(b_pn * half_pn)
         return 2.0 * sum_n
 

@@ -48,6 +48,10 @@ class SlabDriftSum:
     tokens: Int[jax.Array, ""]
     width: int | None  # D; None where no residual is summed
 
+    def without_residual(self) -> "SlabDriftSum":
+        """The sum over inputs alone."""
+        return dataclasses.replace(self, residual_pq=None, width=None)
+
 
 def padded_size(k: int, mesh: Mesh) -> int:
     """The least size from K on that holds whole panels and equally wide slabs."""
