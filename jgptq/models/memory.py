@@ -15,6 +15,11 @@ def copy_module(module: Tree) -> Tree:
     return jax.tree.map(lambda leaf: leaf, module)
 
 
+def abstract(tree: Tree) -> Tree:
+    """A tree of the same structure that holds shapes and dtypes in place of arrays."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+
+
 def to_device(tree: Tree) -> Tree:
     """Copies every leaf to the default device; pages of mapped files that were read for it are given back to the system.
 

@@ -1,7 +1,7 @@
 """The calibration batches on their way through the decoder, and the Hessians of what its stages read."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -115,6 +115,16 @@ def advance(work: Unit, reference: Unit, batches: list[Batch], stage: int, wante
     for index, batch in enumerate(batches):
         batches[index], total = _advance(work, reference, batch, total, stage=stage, placement=placement)
     return total
+
+
+def advance_program(
+    work: Unit, reference: Unit, batch: Batch, stage: int, wanted: Observation | None
+) -> tuple[Callable[[], object], Batch]:
+    """What `advance` compiles, as a function to call, and the batch behind the stage: arguments and result of shapes alone."""
+    total = None if wanted is None else jax.eval_shape(lambda: empty_sums(work, stage + 1, wanted))
+    move = functools.partial(_advance, stage=stage, placement=None if wanted is None else wanted.placement)
+    after, _ = jax.eval_shape(move, work, reference, batch, total)
+    return lambda: _advance.lower(work, reference, batch, total, **move.keywords).compile(), after
 
 
 def empty_sums(work: Unit, stage: int, wanted: Observation) -> StageSums:

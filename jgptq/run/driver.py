@@ -19,10 +19,11 @@ from jgptq.models import RESIDUAL, Block, Decoder, Head, Unit, checkpoint_name
 from jgptq.models.memory import copy_module, to_device
 from jgptq.models.packed import PackedTensor
 from jgptq.notation import Array, Int
+from jgptq.run.ahead import Program, compiled_ahead, unit_programs
 from jgptq.run.batches import Batch, Observation, advance, cut_batches, embed, observe
-from jgptq.run.plan import StagePlan, idle_rules, packed_widths, plan_decoder, unit_prefix, units
+from jgptq.run.plan import Plan, StagePlan, idle_rules, packed_widths, plan_decoder, unit_prefix, units
 from jgptq.run.progress import Progress
-from jgptq.run.report import LinearReport, Report, ReportRows
+from jgptq.run.report import LinearReport, Report, ReportRows, TuningReport
 from jgptq.run.sink import MemorySink, Sink
 from jgptq.run.stage import Job, kept_row, solve_linears
 from jgptq.run.tiles import tile_columns
@@ -55,8 +56,8 @@ def quantize(
       batch_size: samples that are run at once; by default about 4096 tokens' worth, 1024 on a CPU.
       sink: where blocks go when they are finished; by default host memory. Blocks that it holds already are not solved again.
       progress: whether to draw a progress bar; by default only on a terminal.
-      placement: where Hessians are summed and factored and columns solved: on one device, or `jgptq.solver.mesh.OnMesh` of a mesh,
-        whose devices then all run the model on all tokens.
+      placement: where Hessians are summed and factored and columns solved: on one device, or `jgptq.solver.mesh.OnMesh`. The
+        model itself then runs on every device of the mesh, on all tokens.
       **settings: fields of `QuantizeConfig`: bits, group_size, sym, method, order, damping and so on, a `preset`, and rules
         (`jgptq.Rule`s, or a dict such as `{"-:regex": {}, "+:regex": {"bits": 8}}`).
 
@@ -77,39 +78,26 @@ def quantize(
     for sentence in idle_rules(params, config):
         warnings.warn(sentence, RuleWarning, stacklevel=2)
     columns = {key: tile_columns(widths) for key, widths in packed_widths(params, config, plans).items()}
-    batches = cut_batches(params, calib, batch_size, need=_need_of_tokens(config, [used for _, used in columns]))
-    sink = MemorySink() if sink is None else sink
-    started = time.monotonic()
-    finished = sink.done()
-    for name, module in (params.before() | params.after()).items():
-        _check_finite(name, to_device(module))
-    follows = config.tune > 0 or any(used.asymmetric for _, used in columns)
-    moving = embed(params, batches, reference=follows)
+    used = [settings for _, settings in columns]
+    tokens = cut_batches(params, calib, batch_size, need=_need_of_tokens(config, used))
     job = Job(
         dtype=params.config.compute_dtype,
         columns=columns,
         placement=placement,
         allow_rtn_fallback=config.allow_rtn_fallback,
     )
-    with Progress(sum(len(plan) for plan in plans), progress) as bar:
-        for index, (block, plan) in enumerate(zip(units(params, config), plans, strict=True)):
-            last = index == len(plans) - 1 and (config.lm_head or not config.tune)
-            if index in finished:
-                if not last:
-                    _pass_through(finished[index][0], block, plan, moving, job)
-                bar.advance(f"{(unit_prefix(block, index) or 'lm_head').rstrip('.')} was done", len(plan))
-                continue
-            packed, rows = _quantize_block(index, block, plan, moving, last, job, bar)
-            sink.write(index, packed, rows)
-    finished = sink.done()
-    blocks = [finished[index] for index in range(len(plans))]
+    started = time.monotonic()
+    sink = MemorySink() if sink is None else sink
+    finished = sink.done()  # before anything is computed: a folder that cannot be written is refused here
+    for name, module in (params.before() | params.after()).items():
+        _check_finite(name, to_device(module))
+    follows = config.tune > 0 or any(settings.asymmetric for settings in used)
+    batches = embed(params, tokens, reference=follows)
+    _quantize_units(units(params, config), plans, finished, batches, sink, job, skip_last=not config.tune, progress=progress)
+    blocks = [sink.done()[index] for index in range(len(plans))]
     quantized, tuning = _assemble(params, [block for block, _ in blocks], config), None
     if config.tune:
-        from jgptq.run.tune import Lesson, tune  # brings optax along
-
-        streams = [batch.reference[RESIDUAL] for batch in moving if batch.reference is not None]
-        lessons = [Lesson(*pair) for pair in zip(batches, streams, strict=True)]
-        quantized, tuning = tune(quantized, params, lessons, config.tune)
+        quantized, tuning = _tuned(quantized, params, tokens, batches, config.tune)
     rows = tuple(row for _, rows in blocks for row in rows)
     return quantized, Report(config=config, rows=rows, seconds=time.monotonic() - started, tuning=tuning)
 
@@ -122,10 +110,57 @@ def _need_of_tokens(config: QuantizeConfig, used: Sequence[SolverConfig]) -> str
     return None if needing is None else f"method {needing.method!r} with scale {needing.grid_search!r}"
 
 
-def _quantize_block(
+def _quantize_units(
+    parts: Sequence[Unit],
+    plans: Sequence[Plan],
+    finished: Mapping[int, tuple[Unit, ReportRows]],
+    batches: list[Batch],
+    sink: Sink,
+    job: Job,
+    *,
+    skip_last: bool,
+    progress: bool | None,
+) -> None:
+    """Quantizes the units that are not finished, each on what those before it give; nothing is moved through the last one where
+    nobody reads what leaves it."""
+    ahead = compiled_ahead(_programs_ahead(parts, plans, finished, batches, job))
+    with Progress(sum(len(plan) for plan in plans), progress) as bar, ahead:
+        for index, (unit, plan) in enumerate(zip(parts, plans, strict=True)):
+            last = index == len(plans) - 1 and (skip_last or isinstance(unit, Head))
+            if index not in finished:
+                sink.write(index, *_quantize_unit(index, unit, plan, batches, last, job, bar))
+                continue
+            if not last:
+                _pass_through(finished[index][0], unit, plan, batches, job)
+            bar.advance(f"{(unit_prefix(unit, index) or 'lm_head').rstrip('.')} was done", len(plan))
+
+
+def _tuned(
+    quantized: Decoder, params: Decoder, tokens: Sequence[Any], batches: Sequence[Batch], passes: float
+) -> tuple[Decoder, TuningReport]:
+    """The decoder with its scales and norms tuned on what the float model makes of the batches."""
+    from jgptq.run.tune import Lesson, tune  # brings optax along
+
+    streams = [batch.reference[RESIDUAL] for batch in batches if batch.reference is not None]
+    return tune(quantized, params, [Lesson(*pair) for pair in zip(tokens, streams, strict=True)], passes)
+
+
+def _programs_ahead(
+    parts: Sequence[Unit], plans: Sequence[Plan], finished: Mapping[int, Any], batches: Sequence[Batch], job: Job
+) -> list[Program]:
+    """What the blocks that are not finished will compile: on one device, where arguments say all that there is to know."""
+    first = next((index for index in range(len(plans)) if index not in finished), None)
+    if first is None or not batches or job.placement is not ONE_DEVICE:
+        return []
+    plan = plans[first]
+    wanted = [_observation(plan, number, batches, job) for number in range(len(plan))]
+    return unit_programs(parts[first], plan, wanted, batches[0], job)
+
+
+def _quantize_unit(
     index: int, block: Unit, plan: Sequence[StagePlan], batches: list[Batch], last: bool, job: Job, bar: Progress
 ) -> tuple[Unit, ReportRows]:
-    """Quantizes one block and moves the batches through it; returns it packed, with its report rows."""
+    """Quantizes one unit and moves the batches through it; returns it packed, with its report rows."""
     work = to_device(block)
     reference = _reference(work, batches)
     prefix = unit_prefix(block, index)

@@ -94,5 +94,6 @@ def _row(name: str, stage: SolvedStage, result: SolvedLinear, note: str, tokens:
 
 
 def kept_row(name: str, linear: Linear, reason: str) -> LinearReport:
+    """The row of a linear that stays float."""
     k, n = linear.kernel.get_value().shape
     return LinearReport(name=name, k=k, n=n, outcome=KEPT_FLOAT, note=f"Stays float: {reason}.")

@@ -149,6 +149,37 @@ def solve_stage(
     )
 
 
+def stage_programs(
+    total: StageSums, config: SolverConfig, *, columns: int, dtype: jnp.dtype, placement: Placement
+) -> list[Callable[[], object]]:
+    """What `prepare_stage` and `solve_stage` compile for all stages of a K and of these settings, each as a function to call.
+
+    Args:
+      total: the sums, of shapes alone.
+      config: the solver's settings.
+      columns: width of a tile.
+      dtype: of the expanded kernels.
+      placement: where the sums lie.
+    """
+    sums = total.without_residual()
+
+    def prepared() -> Prepared:
+        return jax.eval_shape(functools.partial(_prepare, config=config.solver, placement=placement), sums)
+
+    def compile_prepare() -> object:
+        with _precision(config):
+            return _prepare.lower(sums, config.solver, placement).compile()
+
+    def compile_solve() -> object:
+        with _precision(config):
+            shared = prepared()
+            tile = jax.ShapeDtypeStruct((shared.sequence.rows_k.shape[0], columns), jnp.float32)
+            reads_residual = config.shifts_residual and shared.drift_kk is not None
+            return _solve_tile.lower(tile, shared, tile if reads_residual else None, config.solver, dtype).compile()
+
+    return [compile_prepare, compile_solve]
+
+
 def _residuals(
     prepared: PreparedStage | None, config: SolverConfig, starts: tuple[int, ...], columns: int
 ) -> Sequence[jax.Array | None]:

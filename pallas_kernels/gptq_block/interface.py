@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.backends import Backend, resolve
-from pallas_kernels.gptq_block import reference, triton
+from pallas_kernels.gptq_block import reference
 from pallas_kernels.gptq_block.operands import BlockResult, Given, Searched
 from pallas_kernels.gptq_block.reference import STEP
 
@@ -53,6 +53,8 @@ def gptq_block(
     backend = resolve(backend, "has no kernel for this" if backend == "mosaic" else unfit)
     if backend == "jax":
         return reference.gptq_block(w_rn, u_rr, grids, drift_rr, bits=bits)
+    from pallas_kernels.gptq_block import triton  # Pallas takes half a second to import
+
     return triton.launch(w_rn, u_rr, grids, drift_rr, bits=bits, interpret=backend == "interpret")
 
 

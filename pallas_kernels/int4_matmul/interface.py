@@ -9,11 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.backends import Backend, resolve
-from pallas_kernels.int4_matmul import mosaic, prefill, reference, triton
+from pallas_kernels.int4_matmul import prefill, reference
 from pallas_kernels.int4_matmul.int4_rows import Int4RowsKernel, from_int4_rows
-from pallas_kernels.int4_matmul.planes import RuntimeKernel, dequantize_runtime, expand
+from pallas_kernels.int4_matmul.planes import RuntimeKernel, dequantize_runtime
 from pallas_kernels.int4_matmul.runtime import check_sizes
-from pallas_kernels.int4_matmul.tuning import bucket_of, tiling_of
 
 DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 FILE_BITS = (2, 3, 4, 8)
@@ -120,20 +119,12 @@ def _check(x: jax.Array, parts: dict[str, jax.Array | None], expected: dict[str,
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _product(backend: Backend, x: jax.Array, kernel: RuntimeKernel | Int4RowsKernel) -> jax.Array:
     """The product of rows `[M, K]`."""
-    if backend == "jax" or (backend == "interpret" and bucket_of(x.shape[0]) is None):
+    if backend == "jax":
         # The kernel is put in the order of x: XLA fails to multiply a permuted bfloat16 x of some shapes on a CPU.
         return prefill.product(x, dequantize_runtime(_in_planes(kernel)), apart=False)
-    x = x if kernel.row_order is None else x[:, kernel.row_order]
-    padding = ((0, 0), (0, kernel.layout.padded_k - kernel.layout.k))
-    if isinstance(kernel, Int4RowsKernel):
-        if x.shape[0] <= mosaic.MAX_M:
-            return mosaic.product(jnp.pad(x, padding), kernel)
-        return prefill.product(x, expand(from_int4_rows(kernel)), apart=True)
-    tiling = tiling_of(x.shape[0], kernel.layout, x.dtype)
-    if tiling is None:
-        return prefill.product(x, expand(kernel), apart=True)
-    y = triton.product(jnp.pad(x, padding), kernel, tiling, interpret=backend == "interpret")
-    return y[:, : kernel.layout.n]
+    from pallas_kernels.int4_matmul import launch  # Pallas takes half a second to import
+
+    return launch.product(x, kernel, interpret=backend == "interpret")
 
 
 def _in_planes(kernel: RuntimeKernel | Int4RowsKernel) -> RuntimeKernel:

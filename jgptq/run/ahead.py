@@ -1,0 +1,72 @@
+"""Programs compiled before they are needed, on threads, while the first batches are on their way.
+
+Most of what a run of a small model takes is compilation, one program after the other, on one core. What will be compiled follows
+from shapes that are known before anything is computed. JAX compiles a program once: where the run needs one that a thread is
+compiling, it waits for that one.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+
+from jgptq.models import Unit
+from jgptq.models.memory import abstract, copy_module
+from jgptq.run.batches import Batch, Observation, advance_program, empty_sums
+from jgptq.run.plan import StagePlan
+from jgptq.run.stage import Job
+from jgptq.run.tiles import stage_programs
+
+Program = Callable[[], object]
+"""Traces and compiles something."""
+
+_THREADS = 1
+
+
+@contextlib.contextmanager
+def compiled_ahead(programs: Iterable[Program]) -> Iterator[None]:
+    """Compiles programs in their order on threads while the context is open; those not begun at its end are dropped.
+
+    What fails on a thread fails again where the run needs the program, and is raised there.
+    """
+    threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="compile")
+    try:
+        for program in programs:
+            threads.submit(program)
+        yield
+    finally:
+        threads.shutdown(wait=True, cancel_futures=True)
+
+
+def unit_programs(
+    unit: Unit, plan: Sequence[StagePlan], wanted: Sequence[Observation | None], batch: Batch, job: Job
+) -> list[Program]:
+    """What solving a unit and moving a batch through it compiles, the largest programs first.
+
+    Args:
+      unit: a block or the head.
+      plan: what happens to its stages.
+      wanted: what is summed of the inputs of each stage; None for nothing.
+      batch: one as it enters the unit.
+      job: what holds for every stage of the run.
+    """
+    work, batch = abstract(unit), abstract(batch)
+    solves: dict[object, list[Program]] = {}
+    moves: list[Program] = []
+    for number, (decision, observed) in enumerate(zip(plan, wanted, strict=True)):
+        if observed is not None:
+            shapes = tuple(work.linears()[path].kernel.get_value().shape for path in decision.names)
+            total = jax.eval_shape(lambda number=number, observed=observed: empty_sums(work, number, observed))
+            columns = job.columns[shapes[0][0], decision.config]
+            programs = stage_programs(total, decision.config, columns=columns, dtype=job.dtype, placement=job.placement)
+            solves.setdefault((shapes[0][0], columns, decision.config), programs)
+            for path in decision.names:
+                kernel = work.linears()[path].kernel
+                kernel.set_value(jax.ShapeDtypeStruct(kernel.get_value().shape, job.dtype))
+        following = wanted[number + 1] if number + 1 < len(plan) else None
+        # Where nothing follows the float model, the unit that is quantized stands in for the float one.
+        reference = work if batch.reference is None else abstract(unit)
+        program, batch = advance_program(copy_module(work), copy_module(reference), batch, number, following)
+        moves.append(program)
+    return [program for programs in solves.values() for program in programs] + moves
