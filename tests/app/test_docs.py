@@ -6,6 +6,7 @@ README find the folder `out` that its example writes.
 
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -131,6 +132,14 @@ def test_links_and_paths_lead_somewhere(name: str):
             broken.append(target)
     paths = re.findall(r"`((?:jgptq|converters|pallas_kernels|tests|benchmarks|docs)/[\w./]+)`", text)
     assert broken + [path for path in paths if not (ROOT / path).exists()] == []
+
+
+def test_the_layout_that_is_described_is_the_one_that_is_enforced():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    floors = settings["tool"]["importlinter"]["contracts"][0]["layers"]
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ((?:`[\w.]+`(?:, )?)+) \|", text.partition("## Layout")[2].partition("## Style")[0], re.MULTILINE)
+    assert [re.findall(r"[\w.]+", row) for row in rows] == [floor.split(" | ") for floor in floors]
 
 
 def anchor_of(heading: str) -> str:
