@@ -261,7 +261,9 @@ def test_a_run_stopped_while_tuning_finds_what_was_not_tuned_yet(tmp_path: Path,
     params = load_hf(tiny.folder(tmp_path / "model", dtype=getattr(jnp, dtype)))
     calib, settings = tiny.tokens(), jgptq.QuantizeConfig(**SETTINGS, tune=2)
     whole = FolderSink(tmp_path / "whole", params, settings, calib)
-    whole.finish(*jgptq.quantize(params, calib, config=settings, sink=whole))
+    quantized, report = jgptq.quantize(params, calib, config=settings, sink=whole)
+    assert report.tuning.kept
+    tiny.assert_same(load_hf(whole.finish(quantized, report)), quantized)  # what was tuned, not what the blocks held before
 
     class StoppedInFinish(FolderSink):
         def _encoded(self, parts, params):
