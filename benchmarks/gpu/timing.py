@@ -59,13 +59,13 @@ def slopes(steps: dict[str, tuple[Step, jax.Array, Sequence[Any]]], repeats: int
             program = jax.jit(functools.partial(_passes, step, passes))
             runs[name, passes] = functools.partial(program, carry, list(operands))
     times = seconds(runs, repeats)
-    found = {}
+    slope_of = {}
     for name, (_, _, operands) in steps.items():
         short, long = (times[name, passes] for passes in PASSES)
         count = len(operands) * (PASSES[1] - PASSES[0])
         median = (statistics.median(long) - statistics.median(short)) / count
-        found[name] = Slope((min(long) - min(short)) / count, median, min(short) / len(operands))
-    return found
+        slope_of[name] = Slope((min(long) - min(short)) / count, median, min(short) / len(operands))
+    return slope_of
 
 
 def _passes(step: Step, passes: int, carry: jax.Array, operands: list[Any]) -> jax.Array:

@@ -41,11 +41,11 @@ def prmt(a: int, b: int, selector: int) -> int:
 
 def lop3(a: int, b: int, c: int, table: int) -> int:
     """Bit by bit, what the truth table says of three bits."""
-    found = 0
+    result = 0
     for index in range(32):
         row = (a >> index & 1) << 2 | (b >> index & 1) << 1 | c >> index & 1
-        found |= (table >> row & 1) << index
-    return found
+        result |= (table >> row & 1) << index
+    return result
 
 
 def _subtract(dtype: Any) -> Callable[[int, int], int]:
@@ -104,5 +104,5 @@ def elementwise_inline_asm(
     [result] = result_shape_dtypes
     assert constraints.count(",") == pack * len(args), "one register for the result, one for every operand"
     flat = [np.asarray(arg).reshape(-1, pack).view(np.uint32).tolist() for arg in args]
-    found = [run(assembly, list(itertools.chain(*operands))) for operands in zip(*flat, strict=True)]
-    return [np.array(found, np.uint32).view(result.dtype).reshape(result.shape)]
+    registers = [run(assembly, list(itertools.chain(*operands))) for operands in zip(*flat, strict=True)]
+    return [np.array(registers, np.uint32).view(result.dtype).reshape(result.shape)]
