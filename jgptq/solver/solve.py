@@ -164,6 +164,8 @@ def _solve(w_kn: jax.Array, prepared: Prepared, residual_kn: jax.Array | None, c
             return solution
         if method.is_nearest:
             return solution._replace(rtn_loss_n=solution.loss_n)
+        # After the loop, whose memory is free by then.
+        w_kn, _ = jax.lax.optimization_barrier((w_kn, solution.loss_n))
         return solution._replace(rtn_loss_n=loss_of(round_to_nearest(w_kn, config, h.diagonal())))
 
     return diagnose(prepared.placement.on_columns(on_device, (w_kn, residual_kn), prepared), w_kn)

@@ -13,6 +13,8 @@ from jgptq.solver.mesh.cholesky import slab_diagonal
 from jgptq.solver.mesh.slabs import Slabs, chunk_rows, first_column, gathered, gathered_rows, on_all_devices, permuted
 from jgptq.solver.one_device import summed
 
+_MAX_TILE = 2048  # rows of a right-hand side that are updated at once
+
 
 @dataclasses.dataclass(frozen=True)
 class SlabMatrix:
@@ -158,6 +160,7 @@ class SlabTriangular:
         """`L^-T B`: from the last block to the first, `x_B = L_BB^-T b_B`, and `b -= L_B:^T x_B` in all rows before B."""
         count, block, _ = self.u_cbb.shape
         at_k = jnp.arange(self.slabs.k)
+        tile = block * max(blocks for blocks in range(1, _MAX_TILE // block + 1) if count % blocks == 0)
 
         def step(index: jax.Array, x_kn: jax.Array) -> jax.Array:
             last = count - 1 - index
@@ -166,7 +169,15 @@ class SlabTriangular:
             x_bn = product(u_bb, jax.lax.dynamic_slice_in_dim(x_kn, start, block))
             x_kn = jax.lax.dynamic_update_slice_in_dim(x_kn, x_bn, start, 0)
             before_bk = jnp.where(at_k[None, :] < start, self.rows(start, block), 0.0)
-            return x_kn - product(transposed(before_bk), x_bn)
+
+            def spread(number: jax.Array, x_kn: jax.Array) -> jax.Array:
+                at = number * tile
+                l_bt = jax.lax.dynamic_slice_in_dim(before_bk, at, tile, axis=1)
+                left_tn = jax.lax.dynamic_slice_in_dim(x_kn, at, tile) - product(transposed(l_bt), x_bn)
+                return jax.lax.dynamic_update_slice_in_dim(x_kn, left_tn, at, 0)
+
+            # Tile by tile, in place: one product for all rows would be as large as X.
+            return jax.lax.fori_loop(0, -(-start // tile), spread, x_kn)
 
         return jax.lax.fori_loop(0, count, step, b_kn)
 
