@@ -22,11 +22,12 @@ from jgptq.models.memory import copy_module, to_device
 from jgptq.models.packed import PackedTensor
 from jgptq.notation import Array, Int
 from jgptq.run.batches import Batch, advance, cut_batches, embed, observe
-from jgptq.run.plan import StagePlan, idle_rules, packed_widths, plan_decoder, unit_prefix, units
+from jgptq.run.plan import Plan, StagePlan, idle_rules, packed_widths, plan_decoder, unit_prefix, units
 from jgptq.run.progress import Progress
-from jgptq.run.report import KEPT_FLOAT, LinearReport, Report, ReportRows
+from jgptq.run.report import LinearReport, Report, ReportRows
+from jgptq.run.rows import kept_row, solved_row
 from jgptq.run.sink import MemorySink, Sink
-from jgptq.run.tiles import PreparedStage, SolvedLinear, SolvedStage, prepare_stage, solve_stage, tile_columns
+from jgptq.run.tiles import PreparedStage, SolvedStage, prepare_stage, solve_stage, tile_columns
 from jgptq.run.tune import Lesson, tune
 from jgptq.settings.presets import make_config
 from jgptq.settings.run import QuantizeConfig
@@ -39,9 +40,9 @@ from jgptq.solver.drift import StageSums
 class _Run:
     """What holds for every block."""
 
+    config: QuantizeConfig
     dtype: jnp.dtype  # that activations and expanded kernels are computed in
     columns: Mapping[tuple[int, SolverConfig], int]  # K, a stage's settings -> columns that are solved at once
-    allow_rtn_fallback: bool
 
 
 def quantize(
@@ -77,11 +78,11 @@ def quantize(
       CalibrationError: tokens that are missing, empty, or outside the vocabulary.
       NumericalError: NaN or infinity in weights or activations, or a Hessian that cannot be factored; names the layer.
     """
+    if params.quantization is not None:
+        raise ConfigError("the decoder is quantized already; start from the float checkpoint")
     if config is not None and settings:
         raise ConfigError(f"give config, or the settings {', '.join(settings)}, and not both")
     config = make_config(settings) if config is None else config
-    if params.quantization is not None:
-        raise ConfigError("the decoder is quantized already; start from the float checkpoint")
     plans = plan_decoder(params, config)
     for sentence in idle_rules(params, config):
         warnings.warn(sentence, RuleWarning, stacklevel=2)
@@ -92,28 +93,44 @@ def quantize(
     finished = sink.done()
     for name, module in (params.before() | params.after()).items():
         _check_finite(name, to_device(module))
-    follows = config.tune > 0 or any(used.asymmetric for _, used in columns)
-    moving = embed(params, batches, reference=follows)
-    run = _Run(dtype=params.config.compute_dtype, columns=columns, allow_rtn_fallback=config.allow_rtn_fallback)
+    moving = embed(params, batches, reference=config.tune > 0 or any(used.asymmetric for _, used in columns))
+    run = _Run(config=config, dtype=params.config.compute_dtype, columns=columns)
     with Progress(sum(len(plan) for plan in plans), progress) as bar:
-        for index, (block, plan) in enumerate(zip(units(params, config), plans, strict=True)):
-            last = index == len(plans) - 1 and (config.lm_head or not config.tune)
-            if index in finished:
-                if not last:
-                    _pass_through(finished[index][0], block, plan, moving, run.dtype)
-                bar.advance(f"{(unit_prefix(block, index) or 'lm_head').rstrip('.')} was done", len(plan))
-                continue
-            packed, rows = _quantize_block(index, block, plan, moving, last, run, bar)
-            sink.write(index, packed, rows)
+        _quantize_units(params, plans, moving, finished, sink, run, bar)
     finished = sink.done()
     blocks = [finished[index] for index in range(len(plans))]
     quantized, tuning = _assemble(params, [block for block, _ in blocks], config), None
     if config.tune:
-        streams = [batch.reference[RESIDUAL] for batch in moving if batch.reference is not None]
-        lessons = [Lesson(*pair) for pair in zip(batches, streams, strict=True)]
-        quantized, tuning = tune(quantized, params, lessons, config.tune)
-    rows = tuple(row for _, rows in blocks for row in rows)
-    return quantized, Report(config=config, rows=rows, seconds=time.monotonic() - started, tuning=tuning)
+        quantized, tuning = tune(quantized, params, _lessons(batches, moving), config.tune)
+    rows, seconds = tuple(row for _, rows in blocks for row in rows), time.monotonic() - started
+    return quantized, Report(config=config, rows=rows, seconds=seconds, tuning=tuning)
+
+
+def _quantize_units(
+    params: Decoder,
+    plans: Sequence[Plan],
+    batches: list[Batch],
+    finished: Mapping[int, tuple[Unit, ReportRows]],
+    sink: Sink,
+    run: _Run,
+    bar: Progress,
+) -> None:
+    """Quantizes the units that are not finished; batches move through the last only where something reads them after it."""
+    for index, (unit, plan) in enumerate(zip(units(params, run.config), plans, strict=True)):
+        last = index == len(plans) - 1 and (run.config.lm_head or not run.config.tune)
+        if index in finished:
+            if not last:
+                _pass_through(finished[index][0], unit, plan, batches, run.dtype)
+            bar.advance(f"{(unit_prefix(unit, index) or 'lm_head').rstrip('.')} was done", len(plan))
+            continue
+        packed, rows = _quantize_block(index, unit, plan, batches, last, run, bar)
+        sink.write(index, packed, rows)
+
+
+def _lessons(tokens: Sequence[np.ndarray], ends: Sequence[Batch]) -> list[Lesson]:
+    """What tuning learns from: the tokens of each batch, and where the float model takes them."""
+    pairs = zip(tokens, ends, strict=True)
+    return [Lesson(batch, end.reference[RESIDUAL]) for batch, end in pairs if end.reference is not None]
 
 
 def _need_of_tokens(config: QuantizeConfig, used: Sequence[SolverConfig]) -> str | None:
@@ -141,7 +158,7 @@ def _quantize_block(
         names = [_shown(work, prefix + path) for path in linears]
         bar.describe(f"{prefix}{' '.join(name.rpartition('.')[2] for name in names)}")
         if decision.kept_float is not None:
-            rows += [_kept_row(name, linear, decision.kept_float) for name, linear in zip(names, linears.values(), strict=True)]
+            rows += [kept_row(name, linear, decision.kept_float) for name, linear in zip(names, linears.values(), strict=True)]
         else:
             solved, stage_rows = _solve_stage(names, linears, total, decision.config, run)
             rows += stage_rows
@@ -205,7 +222,7 @@ def _solve_stage(
     for (path, linear), name, result, kernel in zip(linears.items(), names, solved.linears, solved.kernels, strict=True):
         packed[path] = result.packed
         linear.kernel.set_value(kernel)
-        rows.append(_row(name, solved, result, note, tokens, seconds * result.packed.shape[1] / width))
+        rows.append(solved_row(name, solved, result, note, tokens, seconds * result.packed.shape[1] / width))
     return packed, rows
 
 
@@ -224,39 +241,10 @@ def _solve_checked(
     if not outcome.failed:
         return solved, "" if outcome in (Outcome.SOLVED, Outcome.ROUNDED) else outcome.message
     rescuable = outcome in (Outcome.ZERO_HESSIAN, Outcome.NOT_FACTORED)
-    if rescuable and run.allow_rtn_fallback:
+    if rescuable and run.config.allow_rtn_fallback:
         return solve(dataclasses.replace(config, method="rtn")), outcome.message
     hint = " To round such linears and go on, pass allow_rtn_fallback=True (--allow-rtn-fallback)." if rescuable else ""
     raise NumericalError(f"{', '.join(names)}: {outcome.message}{hint}")
-
-
-def _row(name: str, stage: SolvedStage, result: SolvedLinear, note: str, tokens: int, seconds: float) -> LinearReport:
-    k, n = result.packed.shape
-    outcome = Outcome(int(stage.outcome)).name
-    if tokens == 0:
-        return LinearReport(name=name, k=k, n=n, outcome=outcome, bits=result.packed.bits, note=note, seconds=seconds)
-    loss, rtn_loss = (float(np.asarray(part, np.float64).sum()) for part in (result.loss_n, result.rtn_loss_n))
-    damping = float(stage.damping)
-    if loss > rtn_loss:
-        note = f"{note} The loss is above that of round-to-nearest.".strip()
-    return LinearReport(
-        name=name,
-        k=k,
-        n=n,
-        outcome=outcome,
-        bits=result.packed.bits,
-        note=note,
-        loss=loss,
-        rtn_loss=rtn_loss,
-        damping=damping,
-        tokens=tokens,
-        seconds=seconds,
-    )
-
-
-def _kept_row(name: str, linear: Linear, reason: str) -> LinearReport:
-    k, n = linear.kernel.get_value().shape
-    return LinearReport(name=name, k=k, n=n, outcome=KEPT_FLOAT, note=f"Stays float: {reason}.")
 
 
 def _pass_through(block: Unit, original: Unit, plan: Sequence[StagePlan], batches: list[Batch], dtype: jnp.dtype) -> None:
