@@ -14,7 +14,8 @@ from converters.encode import constant_words
 from converters.names import IGNORED, LEAVES, leaves, unit_leaves
 from converters.quantization import declared_group_sizes, read_settings
 from jgptq.errors import ArchitectureError, CheckpointError
-from jgptq.models import Block, Decoder, Linear, ModelConfig, Origin, Unit, checkpoint_name, config_from_hf
+from jgptq.models import Decoder, ModelConfig, Origin, Unit, checkpoint_name, config_from_hf
+from jgptq.models.memory import copy_module
 from jgptq.models.packed import PackedTensor, validate
 from jgptq.settings.sizes import BITS, group_rows
 from pallas_kernels.packing import pack_codes, unpack_codes
@@ -68,26 +69,18 @@ def _leftover(name: str, checkpoint: Checkpoint) -> bool:
     return added or name.endswith(IGNORED)
 
 
-def load_unit(index: int, params: Decoder, checkpoint: Checkpoint, quantization: dict[str, Any]) -> Unit:
+def load_unit(index: int, unit: Unit, checkpoint: Checkpoint, quantization: dict[str, Any]) -> Unit:
     """One block of a checkpoint that may not be whole yet, or the head that follows the last one.
 
     Args:
       index: which block; the number of blocks for the head.
-      params: the decoder that the checkpoint is made of: its config, and what the head reads through, which is not in the
-        checkpoint yet.
+      unit: the float one, whose shapes the tensors must have. What a head reads through is shared with it.
       checkpoint: the tensors.
       quantization: the `quantization_config` that the tensors were written under.
     """
-    config = params.config
-    unit: Unit | None
-    if index < config.num_hidden_layers:
-        unit = nnx.eval_shape(lambda: Block(config, config.layer_windows[index], rngs=nnx.Rngs(0)))
-    elif (unit := params.head()) is not None:
-        unit.lm_head = nnx.eval_shape(lambda: Linear(*unit.lm_head.kernel.get_value().shape, rngs=nnx.Rngs(0)))
-    if unit is None:
-        raise CheckpointError(f"{checkpoint.folder}: holds a head, but the output projection of this model is its embedding")
-    _fill(unit_leaves(index, unit), checkpoint, config, quantization)
-    return unit
+    stored = copy_module(unit)
+    _fill(unit_leaves(index, stored), checkpoint, stored.config, quantization)
+    return stored
 
 
 def _fill(

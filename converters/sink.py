@@ -96,9 +96,9 @@ class FolderSink:
         checkpoint = Checkpoint(writer.folder, entries)
         planned = settings_by_path(self._params, self._config)
         written = quantization_config(self._config, self._format, planned, self._params.config)
-        finished = {}
+        parts, finished = units(self._params, self._config), {}
         for line in lines:
-            block = load_unit(line["block"], self._params, checkpoint, written)
+            block = load_unit(line["block"], parts[line["block"]], checkpoint, written)
             finished[line["block"]] = (block, tuple(LinearReport(**row) for row in line["rows"]))
         return finished
 

@@ -69,11 +69,11 @@ def quantize(
       CalibrationError: tokens that are missing, empty, or outside the vocabulary.
       NumericalError: NaN or infinity in weights or activations, or a Hessian that cannot be factored; names the layer.
     """
+    if params.quantization is not None:
+        raise ConfigError("the decoder is quantized already; start from the float checkpoint")
     if config is not None and settings:
         raise ConfigError(f"give config, or the settings {', '.join(settings)}, and not both")
     config = make_config(settings) if config is None else config
-    if params.quantization is not None:
-        raise ConfigError("the decoder is quantized already; start from the float checkpoint")
     plans = plan_decoder(params, config)
     for sentence in idle_rules(params, config):
         warnings.warn(sentence, RuleWarning, stacklevel=2)
