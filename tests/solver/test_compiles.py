@@ -1,12 +1,11 @@
 """How often the solver is compiled, and what its programs need."""
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from compiling import compilations
 
 from jgptq.settings.rule import Rule
 from jgptq.settings.run import QuantizeConfig
@@ -20,22 +19,6 @@ def problem(seed: int) -> tuple[jax.Array, jax.Array]:
     random = np.random.default_rng(seed)
     inputs = random.normal(size=(300, 192))
     return jnp.asarray(random.normal(size=(192, 40)), jnp.float32), jnp.asarray(inputs.T @ inputs / 150, jnp.float32)
-
-
-@contextlib.contextmanager
-def compilations() -> Iterator[list[str]]:
-    """An event for each program that is compiled meanwhile."""
-    events: list[str] = []
-
-    def saw(event: str, _: float, **__: object) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            events.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(saw)
-    try:
-        yield events
-    finally:
-        jax.monitoring.unregister_event_duration_listener(saw)
 
 
 def test_second_matrix_of_a_shape_compiles_nothing():

@@ -1,0 +1,66 @@
+"""Programs that are compiled before they are needed, and the threads of LAPACK."""
+
+import contextlib
+import threading
+
+import jax
+import pytest
+import scipy.linalg
+import threadpoolctl
+import tiny
+from compiling import compilations
+
+import jgptq
+from jgptq.run import driver
+from jgptq.run.ahead import compiled_ahead
+from jgptq.run.lapack import ONE_THREAD, lapack_threads
+
+SETTINGS = {"group_size": 32, "tune": 0.0}
+
+
+@pytest.mark.parametrize("preset", ["fast", "balanced"])
+def test_what_is_compiled_ahead_is_what_the_run_needs(preset: str, monkeypatch: pytest.MonkeyPatch):
+    params, calib = tiny.decoder(), tiny.tokens()
+    jax.clear_caches()
+    with compilations() as ahead:
+        jgptq.quantize(params, calib, preset=preset, **SETTINGS)
+    monkeypatch.setattr(driver, "compiled_ahead", lambda programs: contextlib.nullcontext())
+    jax.clear_caches()
+    with compilations() as when_needed:
+        jgptq.quantize(params, calib, preset=preset, **SETTINGS)
+    assert sorted(ahead) == sorted(when_needed)
+
+
+def test_programs_are_compiled_on_another_thread():
+    threads: list[str] = []
+    done = threading.Event()
+    with compiled_ahead([lambda: threads.append(threading.current_thread().name), done.set]):
+        assert done.wait(60)
+    assert threads != [threading.current_thread().name]
+
+
+def test_a_program_that_cannot_be_compiled_ahead_stops_nothing():
+    done = threading.Event()
+    with compiled_ahead([lambda: 1 / 0, done.set]):
+        assert done.wait(60)
+
+
+def test_programs_that_were_not_begun_are_dropped_at_the_end():
+    release, begun = threading.Event(), []
+    with contextlib.suppress(KeyError), compiled_ahead([lambda: release.wait(60), lambda: begun.append(1)]):
+        threading.Timer(0.2, release.set).start()
+        raise KeyError
+    assert begun == []
+
+
+def blas_threads() -> set[int]:
+    scipy.linalg.cholesky([[1.0]])
+    return {library["num_threads"] for library in threadpoolctl.threadpool_info() if library["user_api"] == "blas"}
+
+
+@pytest.mark.parametrize(("k", "wanted"), [(ONE_THREAD, 1), (ONE_THREAD + 1, 2)])
+def test_small_hessians_are_factored_on_one_thread(k: int, wanted: int):
+    with threadpoolctl.threadpool_limits(limits=2, user_api="blas"):
+        with lapack_threads(k):
+            assert blas_threads() == {wanted}
+        assert blas_threads() == {2}
