@@ -39,11 +39,11 @@ from jax.sharding import Mesh, NamedSharding
 from jgptq.settings.presets import make_config
 from jgptq.settings.run import QuantizeConfig
 from jgptq.solver import ONE_DEVICE, Means, Placement, Prepared, Solution, judge_columns, prepare
-from jgptq.solver.compensate import solver_block
-from jgptq.solver.drift import StageSums
+from jgptq.solver.codes.compensate import solver_block
+from jgptq.solver.codes.sequence import row_sequence
 from jgptq.solver.mesh import OnMesh, make_mesh, slabs
 from jgptq.solver.mesh.axes import by_columns, by_tokens, replicated
-from jgptq.solver.sequence import row_sequence
+from jgptq.solver.statistics.drift import StageSums
 
 K, N, TOKENS = 53248, 16384, 8 * 4096
 LIMIT_GB = 8.0

@@ -36,7 +36,7 @@ from common import circumstances, write_result
 from jgptq.run.tiles import tile_columns
 from jgptq.settings.run import QuantizeConfig
 from jgptq.solver import Prepared, Solution, judge_columns, output_loss, prepare, solve_columns
-from jgptq.solver.compensate import solver_block
+from jgptq.solver.codes.compensate import solver_block
 from pallas_kernels.gptq_block.reference import STEP
 
 BITS, GROUP = 4, 128

@@ -1,10 +1,10 @@
 """The Flax (NNX) decoder as blocks of stages, and the architectures that it is."""
 
+from jgptq.models.architecture.config import AlibiPositions, LearnedPositions, ModelConfig
+from jgptq.models.architecture.families import FAMILIES, checkpoint_name
+from jgptq.models.architecture.hf_config import config_from_hf, config_to_hf
 from jgptq.models.block import Block, Carry, Head, Unit
-from jgptq.models.config import AlibiPositions, LearnedPositions, ModelConfig
 from jgptq.models.decoder import Decoder, Origin
-from jgptq.models.families import FAMILIES, checkpoint_name
-from jgptq.models.hf_config import config_from_hf, config_to_hf
 from jgptq.models.layers import Embedding, LayerNorm, Linear, Norm, RMSNorm
 from jgptq.models.rotary import RopeConfig
 from jgptq.models.stages import RESIDUAL, Fusion, Stage, Step

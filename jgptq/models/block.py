@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from jgptq.models.config import ModelConfig
+from jgptq.models.architecture.config import ModelConfig
 from jgptq.models.layers import Fused, Linear, Norm, make_norm
 from jgptq.models.stages import RESIDUAL, Stage, block_stages, head_stages
 from jgptq.models.sublayers import MLP, Attention

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jgptq.errors import CalibrationError
+from jgptq.models.architecture.config import LearnedPositions, ModelConfig
 from jgptq.models.block import Block, Head
-from jgptq.models.config import LearnedPositions, ModelConfig
 from jgptq.models.layers import Embedding, Linear, Norm, make_norm
 from jgptq.models.memory import copy_module
 from jgptq.notation import Float, Int
@@ -25,7 +25,7 @@ class Origin:
 
 
 class Decoder(nnx.Module):
-    """A causal language model; `config` says which of the architectures of `jgptq.models.families`.
+    """A causal language model; `config` says which of the architectures of `jgptq.models.architecture.families`.
 
     Called on int32 tokens `[b, S]` it returns float32 logits `[b, S, V]`. Leaves may be views of a mapped file, of any float
     dtype:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jgptq.models.config import ModelConfig
+from jgptq.models.architecture.config import ModelConfig
 from jgptq.models.packed import PackedTensor, RuntimeTensor
 from jgptq.notation import Float, Int
 

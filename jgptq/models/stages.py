@@ -8,7 +8,7 @@ the residual stream). A stage holds no arrays and no functions, so it is hashabl
 import dataclasses
 import functools
 
-from jgptq.models.config import ModelConfig
+from jgptq.models.architecture.config import ModelConfig
 
 RESIDUAL = "residual"
 """The branch of a carry that is the residual stream."""

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import jax
 from flax import nnx
 
+from jgptq.models.architecture.config import AlibiPositions, ModelConfig
 from jgptq.models.attention import alibi_slopes, causal_attention
-from jgptq.models.config import AlibiPositions, ModelConfig
 from jgptq.models.layers import Linear, RMSNorm
 from jgptq.models.rotary import RopeConfig, rotary_tables, rotate
 from jgptq.notation import Float

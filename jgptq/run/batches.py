@@ -14,7 +14,7 @@ from jgptq.models import RESIDUAL, Carry, Decoder, Unit
 from jgptq.models.memory import to_device
 from jgptq.notation import Array
 from jgptq.solver import Placement
-from jgptq.solver.drift import StageSums
+from jgptq.solver.statistics.drift import StageSums
 
 CPU_BATCH_TOKENS = 1024
 BATCH_TOKENS = 4096

@@ -15,7 +15,7 @@ from jgptq.run.report import KEPT_FLOAT, LinearReport
 from jgptq.run.tiles import PreparedStage, SolvedLinear, SolvedStage, prepare_stage, solve_stage
 from jgptq.settings.solver import SolverConfig
 from jgptq.solver import Outcome, Placement
-from jgptq.solver.drift import StageSums
+from jgptq.solver.statistics.drift import StageSums
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from jgptq.notation import Array, Float, Int
 from jgptq.settings.sizes import ROW_MULTIPLE
 from jgptq.settings.solver import SolverConfig
 from jgptq.solver import ONE_DEVICE, Placement, Prepared, judge_columns, prepare, round_to_nearest
-from jgptq.solver.drift import StageSums
+from jgptq.solver.statistics.drift import StageSums
 
 Part = TypeVar("Part", jax.Array, np.ndarray)
 _CPU_COLUMNS = 4096

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 
 from jgptq.errors import ConfigError
 from jgptq.notation import Bool, Float, Int
-from jgptq.solver import sequence
-from jgptq.solver.drift import StageSums, accumulate_drift, empty_drift, mean_drift
-from jgptq.solver.hessian import accumulate, empty, hessian
+from jgptq.solver.codes import sequence
 from jgptq.solver.linalg import triangular
 from jgptq.solver.linalg.cholesky import Factor, all_finite, damped_factor, diagonal, diagonal_blocks
 from jgptq.solver.linalg.triangular import backwards, product
 from jgptq.solver.placement import Means
+from jgptq.solver.statistics.drift import StageSums, accumulate_drift, empty_drift, mean_drift
+from jgptq.solver.statistics.hessian import accumulate, empty, hessian
 
 if TYPE_CHECKING:
     from jgptq.solver.prepared import Prepared
@@ -170,7 +170,9 @@ class OneDevice:
           ConfigError: it is not square.
         """
         if values.ndim != 2 or values.shape[0] != values.shape[1]:
-            raise ConfigError(f"a matrix over in-features must be square, found {list(values.shape)}; see jgptq.solver.hessian")
+            raise ConfigError(
+                f"a matrix over in-features must be square, found {list(values.shape)}; see jgptq.solver.statistics.hessian"
+            )
         return WholeMatrix(values)
 
     def factor(self, values: jax.Array, rows_k: Int[jax.Array, " K"], damping: float) -> Factor[jax.Array]:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import jax
 
 from jgptq.notation import Bool, Float, Int
-from jgptq.solver.drift import StageSums
 from jgptq.solver.linalg.cholesky import Factor
+from jgptq.solver.statistics.drift import StageSums
 
 if TYPE_CHECKING:
     from jgptq.solver.prepared import Prepared

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 
 from jgptq.notation import Float, Int
+from jgptq.solver.codes.sequence import Sequence
 from jgptq.solver.placement import Placement
-from jgptq.solver.sequence import Sequence
 
 _ARRAYS = ["h_kk", "factor", "u_cbb", "drift_kk", "sequence", "damping", "outcome"]
 
@@ -20,7 +20,7 @@ class Prepared:
 
     h_kk: Any  # [K, K], undamped, in file order
     factor: Any  # of the damped H, in the solver's sequence, as `placement.triangular` takes it; None where no method reads it
-    u_cbb: Float[jax.Array, "C B B"] | None  # L_BB^-T of each block of the loop, `jgptq.solver.compensate`; None with it
+    u_cbb: Float[jax.Array, "C B B"] | None  # L_BB^-T of each block of the loop, `jgptq.solver.codes.compensate`; None with it
     drift_kk: Any  # [K, K], 2/T X^T (X_f - X), in file order; None if the float model is not looked at
     sequence: Sequence
     damping: Float[jax.Array, ""]  # fraction of the mean diagonal that was added

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jgptq.errors import ConfigError
 from jgptq.notation import Float, Int, UInt8
 from jgptq.settings.solver import SolverConfig
-from jgptq.solver.grid import GridSpec, round_groups
+from jgptq.solver.codes.grid import GridSpec, round_groups
 from jgptq.solver.linalg.cholesky import all_finite
 from jgptq.solver.one_device import WholeMatrix
 from jgptq.solver.outcome import Outcome

@@ -11,14 +11,14 @@ from jgptq.notation import Float
 from jgptq.settings.sizes import group_rows
 from jgptq.settings.solver import SolverConfig
 from jgptq.solver.checks import check_k, factor_outcome, solver_dtype
-from jgptq.solver.compensate import solver_block
+from jgptq.solver.codes.compensate import solver_block
+from jgptq.solver.codes.sequence import Sequence, row_sequence
 from jgptq.solver.linalg.triangular import inverse_transposed
 from jgptq.solver.methods import Statistics, method_of
 from jgptq.solver.one_device import ONE_DEVICE
 from jgptq.solver.outcome import Outcome
 from jgptq.solver.placement import Placement
 from jgptq.solver.prepared import Prepared
-from jgptq.solver.sequence import Sequence, row_sequence
 from jgptq.solver.solution import Solution, diagnose, round_to_nearest
 
 
@@ -183,9 +183,9 @@ def solve(
     """Quantizes a kernel so that its output error `tr((W - Q)^T H (W - Q))` is small (GPTQ, Frantar et al. 2022, algorithm 1).
 
     Rows are quantized in sequence; the error of each is spread over the rows after it, `w_j -= u[k, j] e_k`, with `H^-1 = U^T U`
-    (`jgptq.solver.compensate` says how that is done without U).
+    (`jgptq.solver.codes.compensate` says how that is done without U).
     A group's grid is set from its rows as those before them leave them. Linears that share H are solved at once: put them side by
-    side. Where a drift or a residual is given, W is the shifted target of `jgptq.solver.target`.
+    side. Where a drift or a residual is given, W is the shifted target of `jgptq.solver.codes.target`.
 
     Args:
       w_kn: `[K, N]`; K a multiple of the group size.

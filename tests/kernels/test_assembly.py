@@ -6,7 +6,7 @@ import numpy as np
 import ptx
 import pytest
 
-from jgptq.solver.grid import search_grid
+from jgptq.solver.codes.grid import search_grid
 from pallas_kernels.assembly import gpu
 from pallas_kernels.gptq_block.reference import PLAIN
 from pallas_kernels.gptq_block.triton import EXACT

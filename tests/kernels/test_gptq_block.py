@@ -9,8 +9,9 @@ import pytest
 from random_blocks import block_of
 
 from jgptq.settings.run import QuantizeConfig
-from jgptq.solver import compensate, prepare, solve_columns
-from jgptq.solver.grid import search_grid
+from jgptq.solver import prepare, solve_columns
+from jgptq.solver.codes import compensate
+from jgptq.solver.codes.grid import search_grid
 from pallas_kernels import gptq_block
 from pallas_kernels.gptq_block.shapes import Shape, shapes_of
 

@@ -18,7 +18,7 @@ from jgptq.errors import CalibrationError, ConfigError, NumericalError, OutputEr
 from jgptq.models import RESIDUAL, Block
 from jgptq.models.packed import PackedTensor
 from jgptq.solver import solve
-from jgptq.solver.hessian import accumulate, empty, hessian
+from jgptq.solver.statistics.hessian import accumulate, empty, hessian
 
 DRIVER = sys.modules["jgptq.run.driver"]  # the package exports its function under the same name
 SOLVING = sys.modules["jgptq.run.tiles"]

@@ -23,7 +23,7 @@ from jgptq.settings.rule import Rule
 from jgptq.settings.rules import rules_from_dynamic, stored_rules
 from jgptq.settings.run import QuantizeConfig
 from jgptq.solver import solve
-from jgptq.solver.hessian import accumulate, empty, hessian
+from jgptq.solver.statistics.hessian import accumulate, empty, hessian
 
 pytestmark = pytest.mark.filterwarnings("ignore:vLLM refuses", "ignore:transformers reads no rules")
 

@@ -10,8 +10,8 @@ from jgptq.models.packed import unpack, validate
 from jgptq.run.tiles import prepare_stage, solve_stage, tile_columns
 from jgptq.settings.run import QuantizeConfig
 from jgptq.solver import Outcome, solve
-from jgptq.solver.drift import StageSums
-from jgptq.solver.hessian import accumulate, empty, hessian
+from jgptq.solver.statistics.drift import StageSums
+from jgptq.solver.statistics.hessian import accumulate, empty, hessian
 
 K = 64
 

@@ -13,14 +13,14 @@ from problems import DAMPING, K, N, Problem, assert_solves, config, double, most
 
 from jgptq.errors import ConfigError
 from jgptq.settings.run import QuantizeConfig
-from jgptq.solver import compensate as COMPENSATE
 from jgptq.solver import solve
-from jgptq.solver.grid import GridSpec
+from jgptq.solver.codes import compensate as COMPENSATE
+from jgptq.solver.codes.grid import GridSpec
+from jgptq.solver.codes.sequence import inverse_permutation, row_sequence
+from jgptq.solver.codes.target import shifted_target
 from jgptq.solver.linalg.cholesky import diagonal_blocks
 from jgptq.solver.linalg.triangular import inverse_product, inverse_transposed, lower_factor, upper_factor
 from jgptq.solver.one_device import WholeMatrix
-from jgptq.solver.sequence import inverse_permutation, row_sequence
-from jgptq.solver.target import shifted_target
 
 # Orders
 

@@ -13,9 +13,9 @@ import pytest
 
 from jgptq.settings.run import QuantizeConfig
 from jgptq.solver import solve
-from jgptq.solver.grid import Grid
+from jgptq.solver.codes.grid import Grid
+from jgptq.solver.codes.refine import Refined, _sweep, refine, refit_grid
 from jgptq.solver.one_device import WholeMatrix
-from jgptq.solver.refine import Refined, _sweep, refine, refit_grid
 
 K, N, T = 192, 12, 300
 DAMPING = 2.0**-6

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import double
 
-from jgptq.solver.grid import search_grid
+from jgptq.solver.codes.grid import search_grid
 
 _search = jax.jit(search_grid, static_argnames=("bits", "sym", "scale"))
 

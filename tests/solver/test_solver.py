@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from jgptq.errors import ConfigError
 from jgptq.settings.run import QuantizeConfig
 from jgptq.solver import Outcome, round_to_nearest, solve
-from jgptq.solver.compensate import solver_block
-from jgptq.solver.grid import minmax_grid
-from jgptq.solver.hessian import accumulate, empty, hessian
+from jgptq.solver.codes.compensate import solver_block
+from jgptq.solver.codes.grid import minmax_grid
+from jgptq.solver.codes.sequence import row_sequence
 from jgptq.solver.linalg import triangular
 from jgptq.solver.linalg.cholesky import damped_factor
 from jgptq.solver.linalg.triangular import lower_factor
-from jgptq.solver.sequence import row_sequence
+from jgptq.solver.statistics.hessian import accumulate, empty, hessian
 
 K, N, T = 192, 40, 600
 

@@ -14,11 +14,11 @@ from jgptq.run.tiles import SolvedStage, prepare_stage, solve_stage
 from jgptq.settings.presets import make_config
 from jgptq.settings.run import QuantizeConfig
 from jgptq.solver import Means, Placement, Prepared, Solution, judge_columns, prepare, solve_columns
-from jgptq.solver.drift import StageSums
+from jgptq.solver.codes.sequence import row_sequence
 from jgptq.solver.mesh import OnMesh, make_mesh, slabs
 from jgptq.solver.mesh import cholesky as slab_cholesky
 from jgptq.solver.mesh.axes import by_columns, by_tokens
-from jgptq.solver.sequence import row_sequence
+from jgptq.solver.statistics.drift import StageSums
 
 K, N, T = 320, 44, 603  # none is a multiple of eight panels, columns or tokens
 WIDE = {"group_size": -1, "sym": False, "bits": 3}

@@ -5,7 +5,7 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 
-from jgptq.solver.grid import search_grid
+from jgptq.solver.codes.grid import search_grid
 from pallas_kernels import Given, Searched
 from pallas_kernels.gptq_block.shapes import Shape
 

@@ -1,7 +1,7 @@
 """The factor of the damped Hessian: all that the solver needs, without the inverse of anything.
 
 The published loop reads the upper factor U of the inverse, `H^-1 = U^T U`. With the lower factor L of H itself, `H = L^T L`, that
-is `U = L^-T`, and what U does row by row L does block by block, for a quarter of the work: see `jgptq.solver.compensate`.
+is `U = L^-T`, and what U does row by row L does block by block, for a quarter of the work: see `jgptq.solver.codes.compensate`.
 """
 
 from collections.abc import Callable
@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from jgptq.notation import Bool, Float, Int
+from jgptq.solver.codes.sequence import permuted
 from jgptq.solver.linalg.triangular import upper_factor
-from jgptq.solver.sequence import permuted
 
 DAMPING_STEP = 10.0
 MAX_DAMPING = 1.0

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jgptq.notation import Float, Int
-from jgptq.solver.drift import StageSums
 from jgptq.solver.linalg.cholesky import Factor
 from jgptq.solver.mesh import axes as sharding
 from jgptq.solver.mesh import slabs
@@ -19,6 +18,7 @@ from jgptq.solver.mesh.slabs import Slabs, on_slabs
 from jgptq.solver.placement import Means
 from jgptq.solver.prepared import Prepared
 from jgptq.solver.solution import Solution
+from jgptq.solver.statistics.drift import StageSums
 
 _DIVIDED: dict[str, Any] = {
     "codes_kn": sharding.COLUMNS,

@@ -41,7 +41,7 @@ class SlabSum(NamedTuple):
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["inputs", "residual_pq", "tokens"], meta_fields=["width"])
 @dataclasses.dataclass(frozen=True)
 class SlabDriftSum:
-    """`jgptq.solver.drift.DriftSum` in slabs."""
+    """`jgptq.solver.statistics.drift.DriftSum` in slabs."""
 
     inputs: Slabs  # the sum of x (x_f - x)^T, float32
     residual_pq: Float[jax.Array, "P Q"] | None  # that of x d^T, K and D extended by zeros, columns divided over all devices
@@ -116,7 +116,7 @@ def accumulate_drift(
     h_float: Float[jax.Array, "*batch K"] | None,
     lost: Float[jax.Array, "*batch D"] | None,
 ) -> SlabDriftSum:
-    """Adds a batch: `jgptq.solver.drift.accumulate_drift` in slabs, reduce-scattered over `data`.
+    """Adds a batch: `jgptq.solver.statistics.drift.accumulate_drift` in slabs, reduce-scattered over `data`.
 
     Args, Raises: those of that function; the memory of `total` is reused.
     """

@@ -6,8 +6,8 @@ import jax
 
 from jgptq.notation import Float, Int
 from jgptq.settings.solver import Order
+from jgptq.solver.codes.problem import Quantized
 from jgptq.solver.prepared import Prepared
-from jgptq.solver.problem import Quantized
 
 
 class Statistics(NamedTuple):

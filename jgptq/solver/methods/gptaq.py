@@ -8,12 +8,12 @@ import jax.numpy as jnp
 
 from jgptq.notation import Float, Int
 from jgptq.settings.solver import Order, SolverConfig
-from jgptq.solver.loop import Loop
+from jgptq.solver.codes.loop import Loop
+from jgptq.solver.codes.problem import Problem, Quantized
+from jgptq.solver.codes.target import shifted_target
 from jgptq.solver.methods.base import Statistics
 from jgptq.solver.placement import Matrix, Triangular
 from jgptq.solver.prepared import Prepared
-from jgptq.solver.problem import Problem, Quantized
-from jgptq.solver.target import shifted_target
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 
 from jgptq.notation import Float, Int
 from jgptq.settings.solver import Order, SolverConfig
+from jgptq.solver.codes.loop import Loop
+from jgptq.solver.codes.problem import Problem, Quantized
+from jgptq.solver.codes.target import shifted_target
 from jgptq.solver.linalg.triangular import product
-from jgptq.solver.loop import Loop
 from jgptq.solver.methods.base import Statistics
 from jgptq.solver.placement import RowReader, Triangular
 from jgptq.solver.prepared import Prepared
-from jgptq.solver.problem import Problem, Quantized
-from jgptq.solver.target import shifted_target
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ def qronos_start(
 
     Args:
       w_kn: the kernel `[K, N]`.
-      target_kn: W' of `jgptq.solver.target.shifted_target`.
+      target_kn: W' of `jgptq.solver.codes.target.shifted_target`.
       factor: L, rows and columns as in `w_kn`.
       first: the undamped Hessian's first entry, `<x_0, x_0>`.
       drift: C, rows and columns as in L.

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 
 from jgptq.notation import Float, Int
 from jgptq.settings.solver import Order, SolverConfig
-from jgptq.solver.grid import GridSpec, round_groups
+from jgptq.solver.codes.grid import GridSpec, round_groups
+from jgptq.solver.codes.problem import Quantized
 from jgptq.solver.methods.base import Statistics
 from jgptq.solver.outcome import Outcome
 from jgptq.solver.prepared import Prepared
-from jgptq.solver.problem import Quantized
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

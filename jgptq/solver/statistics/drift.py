@@ -74,7 +74,7 @@ def accumulate_drift(
 
 
 def mean_drift(total: DriftSum) -> tuple[Float[jax.Array, "K K"], Float[jax.Array, "K D"] | None]:
-    """`2/T` times the sums: C and R of `jgptq.solver.target`, on the scale of the Hessian."""
+    """`2/T` times the sums: C and R of `jgptq.solver.codes.target`, on the scale of the Hessian."""
     factor = 2.0 / jnp.maximum(total.tokens, 1).astype(jnp.float32)
     return total.inputs_kk * factor, None if total.residual_kd is None else total.residual_kd * factor
 

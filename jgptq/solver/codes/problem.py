@@ -7,10 +7,10 @@ import jax
 
 from jgptq.errors import ConfigError
 from jgptq.notation import Float, Int, UInt8
+from jgptq.solver.codes.sequence import Sequence
 from jgptq.solver.linalg.cholesky import added_damping
 from jgptq.solver.placement import Matrix, Triangular
 from jgptq.solver.prepared import Prepared
-from jgptq.solver.sequence import Sequence
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 from jgptq.notation import Float
 from jgptq.settings.sizes import group_rows
 from jgptq.settings.solver import SolverConfig
-from jgptq.solver.compensate import Compensated, compensate
-from jgptq.solver.grid import GridSpec
+from jgptq.solver.codes.compensate import Compensated, compensate
+from jgptq.solver.codes.grid import GridSpec
+from jgptq.solver.codes.problem import Problem, Quantized
+from jgptq.solver.codes.refine import SWEEPS, Refined, refine
+from jgptq.solver.codes.sequence import inverse_permutation
 from jgptq.solver.placement import RowReader
-from jgptq.solver.problem import Problem, Quantized
-from jgptq.solver.refine import SWEEPS, Refined, refine
-from jgptq.solver.sequence import inverse_permutation
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,11 +1,11 @@
-"""A Hugging Face `config.json` <-> the decoder's switches, by the rows of `jgptq.models.families`."""
+"""A Hugging Face `config.json` <-> the decoder's switches, by the rows of `jgptq.models.architecture.families`."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from jgptq.errors import ArchitectureError, CheckpointError
-from jgptq.models.config import ACTIVATIONS, DTYPES, LearnedPositions, ModelConfig, Positions
-from jgptq.models.families import REQUIRED, SWITCHES, Family, Window, family_of
+from jgptq.models.architecture.config import ACTIVATIONS, DTYPES, LearnedPositions, ModelConfig, Positions
+from jgptq.models.architecture.families import REQUIRED, SWITCHES, Family, Window, family_of
 from jgptq.models.rotary import RopeConfig
 
 

@@ -30,7 +30,7 @@ Positions = RopeConfig | LearnedPositions | AlibiPositions
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A decoder; the rows of `jgptq.models.families` say which switches an architecture sets."""
+    """A decoder; the rows of `jgptq.models.architecture.families` say which switches an architecture sets."""
 
     model_type: str = "llama"  # a key of `FAMILIES`
     vocab_size: int  # V

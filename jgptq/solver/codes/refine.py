@@ -12,8 +12,8 @@ import jax.numpy as jnp
 
 from jgptq.notation import Float
 from jgptq.settings.sizes import ROW_MULTIPLE
-from jgptq.solver.compensate import solver_block
-from jgptq.solver.grid import Grid, storable
+from jgptq.solver.codes.compensate import solver_block
+from jgptq.solver.codes.grid import Grid, storable
 from jgptq.solver.linalg.triangular import product, transposed
 from jgptq.solver.one_device import WholeMatrix
 from jgptq.solver.placement import Matrix

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jgptq.notation import Float, Int, UInt8
 from jgptq.settings.sizes import ROW_MULTIPLE
-from jgptq.solver.grid import Grid, GridSpec
+from jgptq.solver.codes.grid import Grid, GridSpec
 from jgptq.solver.linalg.triangular import product, product_over, transposed
 from jgptq.solver.placement import RowReader
 from pallas_kernels import BlockResult, Given, Searched, gptq_block

@@ -1,0 +1,1 @@
+"""From a target to codes: grids, the sequence of rows, the loop with error compensation, refinement."""
