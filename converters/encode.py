@@ -60,12 +60,12 @@ def encode_packed(name: str, packed: PackedTensor, file_format: str) -> dict[str
     if zeros is None:
         middle = 2 ** (packed.bits - 1)
         zeros = constant_words(middle - 1 if file_format == "gptq" else middle, packed.bits, packed.scales.shape)
-    order = np.arange(k, dtype=np.int32) // rows if packed.order is None else packed.order
+    group_index = np.arange(k, dtype=np.int32) // rows if packed.group_index is None else packed.group_index
     return {
         f"{name}.qweight": np.asarray(packed.qweight),
         f"{name}.qzeros": np.asarray(zeros),
         f"{name}.scales": np.asarray(packed.scales),
-        f"{name}.g_idx": np.asarray(order),
+        f"{name}.g_idx": np.asarray(group_index),
     }
 
 

@@ -162,16 +162,16 @@ def _packed(
         problems.append(f"  {name}: {shapes} fit no width of {BITS} for K={k}, N={n}")
         return None
     group_size = declared if groups == -(-k // group_rows(k, declared)) else (-1 if groups == 1 else k // groups)
-    order = _order(arrays.get("g_idx"), k, group_rows(k, group_size))
-    if order is not None and (order.min() < 0 or order.max() >= groups):
-        problems.append(f"  {name}.g_idx holds groups {order.min()} to {order.max()}, there are {groups}")
+    group_index = _group_index(arrays.get("g_idx"), k, group_rows(k, group_size))
+    if group_index is not None and (group_index.min() < 0 or group_index.max() >= groups):
+        problems.append(f"  {name}.g_idx holds groups {group_index.min()} to {group_index.max()}, there are {groups}")
         return None
     zeros = _zeros(arrays["qzeros"], bits, file_format)
     packed = PackedTensor(
         qweight=arrays["qweight"],
         scales=arrays["scales"],
         zeros=zeros,
-        order=order,
+        group_index=group_index,
         bits=bits,
         group_size=group_size,
         shape=(k, n),
@@ -196,7 +196,7 @@ def _zeros(stored: np.ndarray, bits: int, checkpoint_format: str) -> np.ndarray 
     return np.asarray(pack_codes(((zero_gn + 1) % 2**bits).T, bits).T)
 
 
-def _order(g_idx: np.ndarray | None, k: int, rows: int) -> np.ndarray | None:
+def _group_index(g_idx: np.ndarray | None, k: int, rows: int) -> np.ndarray | None:
     """The group of each row, or None where groups are contiguous and whole."""
     contiguous = np.arange(k, dtype=np.int32) // rows
     if g_idx is None or np.array_equal(g_idx, contiguous):

@@ -96,7 +96,7 @@ def write_settings(writer: ShardWriter, params: Decoder, file_format: str) -> No
     if file_format != "float" and params.quantization is not None:
         kernels = dict(_kernels(params))
         quantization = quantization_config(params.quantization, file_format, _settings(params, kernels), params.config)
-        shuffled = any(isinstance(kernel, PackedTensor) and kernel.order is not None for kernel in kernels.values())
+        shuffled = any(isinstance(kernel, PackedTensor) and kernel.group_index is not None for kernel in kernels.values())
         quantization["desc_act"] = shuffled
         if shuffled:
             warnings.warn("vLLM refuses desc_act with groups; GPTQModel loads it", UserWarning, stacklevel=3)

@@ -1,4 +1,4 @@
-"""The packed tensor: codes, scales, zero points and row order of one quantized kernel."""
+"""The packed tensor: codes, scales, zero points and group index of one quantized kernel."""
 
 import dataclasses
 
@@ -19,7 +19,7 @@ from pallas_kernels.packing import pack_codes, unpack_codes
 class PackedTensor:
     """A `[K, N]` kernel of integer codes with a scale and a zero point per group of rows.
 
-    The invariant, for every row k and column n, with g(k) = order[k], or k // group_size where `order` is None:
+    The invariant, for every row k and column n, with g(k) = group_index[k], or k // group_size where `group_index` is None:
 
         w[k, n] == scales[g(k), n] * (code[k, n] - zero[g(k), n])
 
@@ -30,7 +30,7 @@ class PackedTensor:
     qweight: Array  # int32 [K*bits/32, N]
     scales: Array  # float16 or bfloat16 [G, N]
     zeros: Array | None = None  # int32 [G, N*bits/32], None for a symmetric grid
-    order: Array | None = None  # int32 [K], the group of each row; None for contiguous groups
+    group_index: Array | None = None  # int32 [K], the group of each row; None for contiguous groups
     bits: int = dataclasses.field(metadata={"static": True})
     group_size: int = dataclasses.field(metadata={"static": True})  # rows in a group, or -1 for all
     shape: tuple[int, int] = dataclasses.field(metadata={"static": True})  # (K, N)
@@ -43,16 +43,16 @@ class PackedTensor:
     def dequantize(self) -> Float[jax.Array, "K N"]:
         """The float32 `[K, N]` kernel of the invariant, exact."""
         rows = group_rows(self.shape[0], self.group_size)
-        zeros, order = _optional(self.zeros), _optional(self.order)
+        zeros, group_index = _optional(self.zeros), _optional(self.group_index)
         qweight, scales = jnp.asarray(self.qweight), jnp.asarray(self.scales)
-        return dequantize(qweight, scales, zeros, bits=self.bits, group_size=rows, group_index=order)
+        return dequantize(qweight, scales, zeros, bits=self.bits, group_size=rows, group_index=group_index)
 
     def matmul(self, x: Float[jax.Array, "*batch K"]) -> Float[jax.Array, "*batch N"]:
         """`x @ dequantize()` in the dtype of `x`."""
         rows = group_rows(self.shape[0], self.group_size)
-        zeros, order = _optional(self.zeros), _optional(self.order)
+        zeros, group_index = _optional(self.zeros), _optional(self.group_index)
         qweight, scales = jnp.asarray(self.qweight), jnp.asarray(self.scales)
-        return int4_matmul(x, qweight, scales, zeros, bits=self.bits, group_size=rows, group_index=order)
+        return int4_matmul(x, qweight, scales, zeros, bits=self.bits, group_size=rows, group_index=group_index)
 
 
 @jax.tree_util.register_dataclass
@@ -82,10 +82,10 @@ def at_runtime(packed: PackedTensor) -> PackedTensor | RuntimeTensor:
     if packed.bits not in RUNTIME_BITS:
         return packed
     rows = group_rows(packed.shape[0], packed.group_size)
-    order = _optional(packed.order)
-    if order is not None and not bool(jnp.all(jnp.bincount(order, length=packed.shape[0] // rows) == rows)):
+    group_index = _optional(packed.group_index)
+    if group_index is not None and not bool(jnp.all(jnp.bincount(group_index, length=packed.shape[0] // rows) == rows)):
         return packed
-    arrays = (jnp.asarray(packed.qweight), jnp.asarray(packed.scales), _optional(packed.zeros), order)
+    arrays = (jnp.asarray(packed.qweight), jnp.asarray(packed.scales), _optional(packed.zeros), group_index)
     return RuntimeTensor(kernel=to_runtime(*arrays, group_size=rows, bits=packed.bits))
 
 
@@ -97,7 +97,7 @@ def pack(
     codes_kn: Int[jax.Array, "K N"],
     scale_gn: Float[jax.Array, "G N"],
     zero_gn: Int[jax.Array, "G N"] | None = None,
-    order_k: Int[jax.Array, " K"] | None = None,
+    group_k: Int[jax.Array, " K"] | None = None,
     *,
     bits: int,
     group_size: int,
@@ -108,7 +108,7 @@ def pack(
       codes_kn: unsigned codes `[K, N]`, K and N multiples of 32.
       scale_gn: float16 or bfloat16 scales `[G, N]`.
       zero_gn: integer zero points `[G, N]`; None for a symmetric grid.
-      order_k: int32 group of each row `[K]`; None where groups are contiguous.
+      group_k: int32 group of each row `[K]`; None where groups are contiguous.
       bits: width of a code.
       group_size: rows in a group, or -1 for all of K.
 
@@ -120,7 +120,7 @@ def pack(
         qweight=pack_codes(codes_kn, bits),
         scales=scale_gn,
         zeros=zeros,
-        order=order_k,
+        group_index=group_k,
         bits=bits,
         group_size=group_size,
         shape=(codes_kn.shape[0], codes_kn.shape[1]),
@@ -161,7 +161,7 @@ def validate(packed: PackedTensor, name: str) -> None:
         "qweight": (packed.qweight, (k * packed.bits // 32, n), ("int32",)),
         "scales": (packed.scales, (groups, n), ("float16", "bfloat16", "float32")),
         "zeros": (packed.zeros, (groups, n * packed.bits // 32), ("int32",)),
-        "order": (packed.order, (k,), ("int32",)),
+        "group_index": (packed.group_index, (k,), ("int32",)),
     }
     for part, (array, shape, dtypes) in expected.items():
         if array is not None and (tuple(array.shape) != shape or str(array.dtype) not in dtypes):

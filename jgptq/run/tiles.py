@@ -234,15 +234,15 @@ def _cut(kernels: tuple[jax.Array, ...], starts: tuple[int, ...], columns: int) 
 def _join(tiles: list[SolvedLinear], starts: tuple[int, ...], widths: tuple[int, ...]) -> list[SolvedLinear]:
     """The linears that tiles were cut from."""
     k, columns = tiles[0].packed.shape
-    index_k = tiles[0].packed.order
-    tiles = [tile._replace(packed=dataclasses.replace(tile.packed, order=None)) for tile in tiles]
+    index_k = tiles[0].packed.group_index
+    tiles = [tile._replace(packed=dataclasses.replace(tile.packed, group_index=None)) for tile in tiles]
     parts = [
         _resplit(np.concatenate, leaves, starts, widths, columns) for leaves in zip(*map(jax.tree.leaves, tiles), strict=True)
     ]
     linears = [jax.tree.unflatten(jax.tree.structure(tiles[0]), part) for part in zip(*parts, strict=True)]
     shapes = [(k, width) for width in widths]
     return [
-        linear._replace(packed=dataclasses.replace(linear.packed, order=index_k, shape=shape))
+        linear._replace(packed=dataclasses.replace(linear.packed, group_index=index_k, shape=shape))
         for linear, shape in zip(linears, shapes, strict=True)
     ]
 

@@ -246,7 +246,7 @@ def test_act_order_survives_and_is_declared(tmp_path: Path, quantized_folder: Pa
     order = np.random.default_rng(0).permutation(np.arange(96, dtype=np.int32) // 32)
     rewrite(quantized_folder, lambda tensors: tensors.update({"model.layers.0.mlp.down_proj.g_idx": order}))
     loaded = load_hf(quantized_folder)
-    np.testing.assert_array_equal(loaded.layers[0].mlp.down_proj.kernel.get_value().order, order)
+    np.testing.assert_array_equal(loaded.layers[0].mlp.down_proj.kernel.get_value().group_index, order)
     with pytest.warns(UserWarning, match="vLLM refuses desc_act"):
         out = save_hf(loaded, tmp_path / "again", format="gptq_v2")
     assert json.loads((out / "config.json").read_text())["quantization_config"]["desc_act"] is True

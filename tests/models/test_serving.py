@@ -58,7 +58,7 @@ def test_what_differs_stays_apart():
     quantized, _ = jgptq.quantize(tiny.decoder(), calib, preset="fast", bits=4, order="desc_act", group_size=32)
     k_proj = quantized.layers[0].self_attn.k_proj
     kernel = k_proj.kernel.get_value()
-    k_proj.kernel.set_value(dataclasses.replace(kernel, order=jnp.roll(kernel.order, 1)))
+    k_proj.kernel.set_value(dataclasses.replace(kernel, group_index=jnp.roll(kernel.group_index, 1)))
     served = jgptq.for_serving(quantized)
     assert ["self_attn.q_proj" in block.linears() for block in served.layers] == [True] + [False] * (len(served.layers) - 1)
     tokens = jnp.asarray(calib[:2])

@@ -202,10 +202,10 @@ def test_the_driver_takes_every_method_order_and_scale_and_stays_below_rounding(
     for kernel in kernels(model).values():
         assert kernel.bits == settings["bits"]
         assert (kernel.zeros is None) == settings.get("sym", True)
-        assert (kernel.order is None) == (settings["order"] != "desc_act")
-        if kernel.order is not None:
-            np.testing.assert_array_equal(np.sort(kernel.order), np.repeat([0, 1], 32))
-            assert not np.array_equal(kernel.order, np.repeat([0, 1], 32))
+        assert (kernel.group_index is None) == (settings["order"] != "desc_act")
+        if kernel.group_index is not None:
+            np.testing.assert_array_equal(np.sort(kernel.group_index), np.repeat([0, 1], 32))
+            assert not np.array_equal(kernel.group_index, np.repeat([0, 1], 32))
 
 
 def test_settings_beside_a_preset_win_over_it():
