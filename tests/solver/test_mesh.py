@@ -92,7 +92,8 @@ def test_eight_devices_give_the_codes_of_one(found, dense: Means, name: str):
     assert (solution.group_k is None) == (expected.group_k is None)
     if solution.group_k is not None:
         np.testing.assert_array_equal(solution.group_k, expected.group_k)
-    assert float(solution.loss_n.sum()) == pytest.approx(float(np.sum(np.asarray(expected.loss_n))), rel=1e-4)
+    rel = 1e-3 if refitted else 1e-4
+    assert float(solution.loss_n.sum()) == pytest.approx(float(np.sum(np.asarray(expected.loss_n))), rel=rel)
     np.testing.assert_allclose(solution.rtn_loss_n, expected.rtn_loss_n, rtol=1e-4)
     assert Outcome(int(solution.outcome)) is Outcome(int(expected.outcome))
 

@@ -31,8 +31,8 @@ CASES: dict[str, list[dict[str, Any]]] = {
     ],
     "4x2": [
         {"preset": "fast", "order": "none"},
-        {"preset": "best", "order": "desc_act", **WIDE},
-        {"method": "gptaq", "float64": True},
+        {"preset": "best", "order": "desc_act", "float64": True, **WIDE},
+        {"method": "gptaq"},
     ],
     "2x4": [
         {"preset": "balanced", "order": "static", "refit": True},
