@@ -42,7 +42,7 @@ def solved(h_kk: np.ndarray, w_kn: np.ndarray, config: SolverConfig) -> dict[str
     """What is compared, from this process' device."""
     prepared = prepare(jnp.asarray(h_kk), config)
     solution = solve_columns(jnp.asarray(w_kn), prepared, config)
-    values = {"r_kk": prepared.r_kk, "rows_k": prepared.order.rows_k[::-1], "damping": prepared.damping}
+    values = {"r_kk": prepared.factor, "rows_k": prepared.sequence.rows_k[::-1], "damping": prepared.damping}
     return {name: np.asarray(value) for name, value in values.items()} | {
         "codes_kn": np.asarray(solution.codes_kn),
         "w_kn": np.asarray(solution.dequantize()),

@@ -8,7 +8,7 @@ import numpy as np
 
 from jgptq.notation import Float
 
-_CHUNK = 512
+_CHUNK = 128
 _MAX_CHUNKS = 8
 
 
