@@ -24,7 +24,7 @@ BASE = {**SIZES, **HEADS, "max_position_embeddings": 64, "rms_norm_eps": 0.01, "
 
 
 def hf_dict(model_type: str, **changes) -> dict:
-    """A config.json written by hand in the old style: `rope_scaling`, with `rope_theta` beside it."""
+    """A config.json written by hand in the old style: `rope_scaling`, and `rope_theta` as a key of its own."""
     return {"model_type": model_type, **BASE, **changes}
 
 

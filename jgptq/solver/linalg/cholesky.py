@@ -75,7 +75,7 @@ def damped_factor(h_kk: Float[jax.Array, "K K"], damping: float, rows_k: Int[jax
     diag_k = diagonal(h_kk)
 
     def attempt(added: jax.Array, _: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-        # Every attempt orders H anew. Without the barrier XLA does so once and keeps the copy beside the factor.
+        # Every attempt permutes H again. Without the barrier XLA permutes once and keeps that copy in memory next to the factor.
         source_kk, source_k, added = jax.lax.optimization_barrier((h_kk, rows_k, added))
         r_kk = upper_factor(permuted(source_kk, source_k), added)
         finite = jnp.all(jnp.isfinite(diagonal(r_kk)))  # one root that does not exist leaves NaN everywhere
