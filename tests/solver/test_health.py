@@ -56,7 +56,7 @@ def test_the_damping_rises_where_tokens_span_too_few_directions():
         (np.eye(64) + np.diag(np.full(63, 0.5), 1), Outcome.NOT_A_HESSIAN),
     ],
 )
-def test_matrices_that_are_no_hessians_are_told_from_those_that_are(h_kk: np.ndarray, outcome: Outcome):
+def test_matrices_that_are_not_hessians_are_diagnosed(h_kk: np.ndarray, outcome: Outcome):
     solution = solve(jnp.ones((64, 8)), jnp.asarray(h_kk, jnp.float32), SINGLE)
     assert Outcome(int(solution.outcome)) is outcome
 

@@ -106,7 +106,7 @@ def test_every_preset_method_and_order_is_among_the_cases():
 
 
 def test_drift_and_residual_change_the_codes_of_the_cases_that_read_them(dense: Means):
-    """Otherwise no case would tell whether a mesh reads them."""
+    """Otherwise no case would show whether a mesh reads them."""
     for case, without in (
         ({"preset": "balanced"}, dense._replace(drift_kk=None)),
         ({"preset": "balanced"}, dense._replace(residual_kn=None)),
