@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 if __name__ == "__main__":
-    # Another process of this script may be the one with the topology's compiler; arrays live on the CPU in all of them.
+    # The compiler for the topology needs no GPU: arrays are on the CPU in every process of this script.
     os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax

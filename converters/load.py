@@ -63,7 +63,7 @@ def load_hf(source: str | Path, dtype: str = "auto") -> Decoder:
 
 
 def _leftover(name: str, checkpoint: Checkpoint) -> bool:
-    """Whether a tensor that the model does not have may be passed over: old buffers, and biases of zeros next to codes."""
+    """Whether a tensor that the model does not have may be ignored: old buffers, and biases of zeros next to codes."""
     module, _, part = name.rpartition(".")
     added = part == "bias" and f"{module}.qweight" in checkpoint.entries and not np.any(checkpoint.array(name))
     return added or name.endswith(IGNORED)

@@ -25,7 +25,7 @@ HEAD = "lm_head"
 _PUBLISHED: Mapping[str, Any] = MappingProxyType(
     {name: known.published for name, known in options(QuantizeConfig).items() if known.published is not SAME_AS_HERE}
 )
-"""Settings of a run that no reader needs, kept in `meta`; and what a folder by another program is taken for: plain GPTQ."""
+"""Settings of a run that no reader needs, kept in `meta`; a folder of another program is taken to have those of plain GPTQ."""
 
 
 def check_format(file_format: str, config: QuantizeConfig) -> Format:

@@ -197,7 +197,7 @@ class FolderSink:
         first, newline, _ = self._journal.read_text(encoding="utf-8").partition("\n")
         if first == json.dumps({"run": self._run}) and newline:
             return True
-        if overwrite or not newline:  # a first line that was cut short names no run, and no block is behind it
+        if overwrite or not newline:  # a first line that was cut short names no run, and no block follows it
             return False
         message = f"{self._journal.parent} holds an unfinished run with other settings, tokens or weights; "
         raise OutputError(

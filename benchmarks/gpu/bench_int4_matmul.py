@@ -154,7 +154,7 @@ def time_shape(shape: Shape, speed: dict[str, float], backend: Backend, rehearse
 
 
 def times(record: Record, shapes: tuple[Shape, ...], backend: Backend, rehearse: bool, repeats: int) -> bool:
-    """Times shapes, whatever becomes of one; whether all ran and were right."""
+    """Times all shapes, also after one has failed; whether all ran and were right."""
     speed = ceilings(rehearse)
     record.put(ceilings=speed)
     all_right = True

@@ -69,7 +69,7 @@ def rounded(value: Any) -> Any:
 
 
 def require_gpu(rehearse: bool) -> None:
-    """Ends the process where there is no NVIDIA GPU: figures of a CPU must never stand for one.
+    """Ends the process where there is no NVIDIA GPU: figures of a CPU must never be taken for those of one.
 
     Raises:
       SystemExit: there is none, and this is no rehearsal.

@@ -1,4 +1,4 @@
-"""The Flax (NNX) decoder as blocks of stages, and the architectures that it is."""
+"""The Flax (NNX) decoder as blocks of stages, and the table of architectures."""
 
 from jgptq.models.architecture.config import AlibiPositions, LearnedPositions, ModelConfig
 from jgptq.models.architecture.families import FAMILIES, checkpoint_name

@@ -18,7 +18,7 @@ from jgptq.settings.run import QuantizeConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Origin:
-    """Where a decoder was read from; the model never looks at it, those who save it do."""
+    """Where a decoder was read from; the model never reads it, `save_hf` does."""
 
     folder: str  # the checkpoint's folder: tokenizer and generation settings are copied from it
     hf_config: str  # the text of its config.json without a quantization_config, so that keys we do not model survive

@@ -35,14 +35,14 @@ def to_device(tree: Tree) -> Tree:
 def _leaf_to_device(leaf: jax.Array | np.ndarray) -> jax.Array:
     if not isinstance(leaf, np.memmap):
         return jnp.asarray(leaf)
-    # jax may borrow an aligned host buffer; a mapped file must be copied, for its pages are about to go.
+    # jax may use an aligned host buffer without a copy; a mapped file must be copied, because its pages are released next.
     device = jnp.asarray(np.array(leaf, copy=True, order="C"))
     release(leaf)
     return device
 
 
 def release(leaf: np.memmap) -> None:
-    """Tells the system that the pages under a view of a mapped file are not needed now; reading it again maps them anew."""
+    """Tells the system that the pages under a view of a mapped file are not needed now; reading it again maps them again."""
     mapping: mmap.mmap | None = getattr(leaf, "_mmap", None)
     if mapping is None or leaf.size == 0 or not hasattr(mapping, "madvise"):
         return

@@ -165,7 +165,6 @@ def validate(packed: PackedTensor, name: str) -> None:
     }
     for part, (array, shape, dtypes) in expected.items():
         if array is not None and (tuple(array.shape) != shape or str(array.dtype) not in dtypes):
-            found = f"{array.dtype} {list(array.shape)}"
-            problems.append(f"{part} must be {' or '.join(dtypes)} {list(shape)}, found {found}")
+            problems.append(f"{part} must be {' or '.join(dtypes)} {list(shape)}, found {array.dtype} {list(array.shape)}")
     if problems:
         raise CheckpointError(f"{name}: " + "; ".join(problems))

@@ -76,7 +76,7 @@ class RopeConfig:
         given.setdefault("rope_theta", config.get("rope_theta", 10000.0))
         if rope_type in ("llama3", "yarn", "longrope"):
             given.setdefault("original_max_position_embeddings", maximum)
-            # Beside the rotary settings, as Phi-3 writes it, it counts before the one among them.
+            # Phi-3 writes it at the top level of config.json; that value takes precedence over the one in the rotary settings.
             if config.get("original_max_position_embeddings") is not None:
                 given["original_max_position_embeddings"] = config["original_max_position_embeddings"]
         rotated = int(head_dim * given["partial_rotary_factor"])

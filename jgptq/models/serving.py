@@ -16,9 +16,9 @@ from pallas_kernels.int4_matmul.planes import fuse, obstacle
 def for_serving(params: Decoder) -> Decoder:
     """Converts every packed kernel of 4 and 8 bits to the runtime layout, once; other leaves are moved to the device.
 
-    The result computes what `params` does, on a GPU with kernels that read packed codes. Those that a stage
-    says readers fuse become one where they agree in width, groups, grid and order of rows, as they do in all that jgptq makes. It
-    is not what files hold: save `params`.
+    The result computes what `params` does, on a GPU with kernels that read packed codes. Linears that readers fuse
+    (`Stage.fusions`) become one where they agree in width, groups, grid and order of rows, as in all that jgptq makes. Files do
+    not hold the result: save `params`.
 
     Args:
       params: a quantized decoder.

@@ -1,4 +1,4 @@
-"""The calibration batches on their way through the decoder, and the Hessians of what its stages read."""
+"""Calibration batches moved through the decoder, stage by stage, and sums over what its stages read."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -23,10 +23,10 @@ CPU's cache, and fill a GPU."""
 
 
 class Batch(NamedTuple):
-    """A calibration batch on its way."""
+    """The activations of a calibration batch at one point of the decoder."""
 
     carry: Carry  # through the quantized blocks
-    reference: Carry | None  # through the float ones; None where nothing looks at it
+    reference: Carry | None  # through the float ones; None where nothing reads it
 
 
 def cut_batches(params: Decoder, calib: Array | None, batch_size: int | None, *, need: str | None) -> list[np.ndarray]:
@@ -120,7 +120,7 @@ def advance(work: Unit, reference: Unit, batches: list[Batch], stage: int, wante
 def advance_program(
     work: Unit, reference: Unit, batch: Batch, stage: int, wanted: Observation | None
 ) -> tuple[Callable[[], object], Batch]:
-    """What `advance` compiles, as a function to call, and the batch behind the stage: arguments and result of shapes alone."""
+    """A function that compiles what `advance` runs, and the batch after the stage; arguments and result hold shapes alone."""
     total = None if wanted is None else jax.eval_shape(lambda: empty_sums(work, stage + 1, wanted))
     move = functools.partial(_advance, stage=stage, placement=None if wanted is None else wanted.placement)
     after, _ = jax.eval_shape(move, work, reference, batch, total)

@@ -1,7 +1,7 @@
 """The main job: block by block, stage by stage, one matmul pass with quantized inputs.
 
 For every stage of a block: the Hessian of what its linears read is summed over the calibration batches, all of them are solved on
-it, and the batches move on through the quantized linears. So each layer is calibrated on what the layers before it really
+it, and the batches move on through the quantized linears. So each layer is calibrated on what the quantized layers before it
 produce, every Hessian is made once for all linears that share it, and one block is on the device at a time.
 """
 
@@ -138,8 +138,8 @@ def _quantize_units(
 def _tuned(
     quantized: Decoder, params: Decoder, tokens: Sequence[Any], batches: Sequence[Batch], passes: float
 ) -> tuple[Decoder, TuningReport]:
-    """The decoder with its scales and norms tuned on what the float model makes of the batches."""
-    from jgptq.run.tune import Lesson, tune  # brings optax along
+    """The decoder with its scales and norms tuned towards the float model's predictions on the batches."""
+    from jgptq.run.tune import Lesson, tune  # imports optax
 
     streams = [batch.reference[RESIDUAL] for batch in batches if batch.reference is not None]
     return tune(quantized, params, [Lesson(*pair) for pair in zip(tokens, streams, strict=True)], passes)
@@ -148,7 +148,7 @@ def _tuned(
 def _programs_ahead(
     parts: Sequence[Unit], plans: Sequence[Plan], finished: Mapping[int, Any], batches: Sequence[Batch], job: Job
 ) -> list[Program]:
-    """What the blocks that are not finished will compile: on one device, where arguments say all that there is to know."""
+    """What the blocks that are not finished will compile. Only on one device: on a mesh, programs also depend on shardings."""
     first = next((index for index in range(len(plans)) if index not in finished), None)
     if first is None or not batches or job.placement is not ONE_DEVICE:
         return []

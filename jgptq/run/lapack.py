@@ -35,7 +35,7 @@ def lapack_threads(k: int) -> contextlib.AbstractContextManager[object]:
 @functools.cache
 def _libraries() -> "ThreadpoolController":
     """The libraries of this process whose threads can be set; to look for them takes milliseconds."""
-    import scipy.linalg  # noqa: F401, one that is not loaded is not seen
+    import scipy.linalg  # noqa: F401, a library that is not loaded is not listed
     from threadpoolctl import ThreadpoolController
 
     return ThreadpoolController()

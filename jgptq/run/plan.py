@@ -40,7 +40,7 @@ def units(params: Decoder, config: QuantizeConfig) -> list[Unit]:
 
 
 def unit_prefix(unit: Unit, index: int) -> str:
-    """What stands before the names of a unit's linears to make paths in the decoder of them."""
+    """The prefix that makes paths in the decoder of the names of a unit's linears."""
     return "" if isinstance(unit, Head) else f"layers.{index}."
 
 
@@ -145,7 +145,7 @@ def _why_agree(fusions: Sequence[Fusion], settings: Mapping[str, SolverConfig | 
 
 
 def _described(config: QuantizeConfig, name: str) -> str:
-    """What the rules make of a linear, in words."""
+    """What the rules say of a linear, in words."""
     rule = first_match(config.rules, name)
     if rule is None:
         return "the run's settings, no rule matches"

@@ -65,7 +65,7 @@ def _solve_checked(
     rescuable = outcome in (Outcome.ZERO_HESSIAN, Outcome.NOT_FACTORED)
     if rescuable and job.allow_rtn_fallback:
         return solve(dataclasses.replace(config, method="rtn")), outcome.message
-    hint = " To round such linears and go on, pass allow_rtn_fallback=True (--allow-rtn-fallback)." if rescuable else ""
+    hint = " To round such linears to nearest instead, pass allow_rtn_fallback=True (--allow-rtn-fallback)." if rescuable else ""
     raise NumericalError(f"{', '.join(names)}: {outcome.message}{hint}")
 
 

@@ -51,8 +51,8 @@ class SolvedStage(NamedTuple):
 def tile_columns(widths: Sequence[int]) -> int:
     """Columns in a tile, the same for all stages that read the same number of features.
 
-    A tile takes a time of its own for the steps of the solver's loop, whatever its width, and then some for each column: the
-    width is chosen for which all tiles together take least. Too wide tiles cost memory, and columns computed for nothing.
+    The time of a tile is a constant, for the steps of the solver's loop, plus a part for each column. The width is the one for
+    which all tiles together take the least time. Wider tiles cost memory, and columns that are computed and not used.
 
     Args:
       widths: the out-features of each such stage, all its linears together.
@@ -255,7 +255,7 @@ def _join_kernels(kernels: list[jax.Array], starts: tuple[int, ...], widths: tup
 def _resplit(
     concatenate: Callable[..., Part], tiles: Sequence[Part], starts: tuple[int, ...], widths: tuple[int, ...], columns: int
 ) -> list[Part]:
-    """Cuts tiles anew, into parts of these widths, along their last axis: columns, or `bits/32` of them in packed zero points."""
+    """Cuts tiles into parts of these widths along their last axis: columns, or `bits/32` of them in packed zero points."""
     total, size = sum(widths), tiles[0].shape[-1]
     ends = (*starts[1:], total)
     used = [tile[..., : (end - start) * size // columns] for tile, start, end in zip(tiles, starts, ends, strict=True)]

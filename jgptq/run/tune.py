@@ -1,8 +1,8 @@
 """Tuning: gradient descent on what files hold in floating point, for codes that are fixed.
 
 After the last block, scales and norms are all that is left to move without another byte in the file or another operation when it
-is served. They are moved to where the quantized model says what the float model says: for the calibration tokens, the mean
-Kullback-Leibler divergence of its next-token distribution from the float one's. Training scales end to end is the second phase of
+is served. They are trained to minimize, over the calibration tokens, the mean Kullback-Leibler divergence of the quantized
+model's next-token distribution from the float model's. Training scales end to end is the second phase of
 EfficientQAT (arXiv 2407.11062); here the float model's last residual stream, which the shift of targets carries along too, is
 the teacher.
 

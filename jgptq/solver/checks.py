@@ -1,4 +1,4 @@
-"""What a solve is given, examined before and after its factorization."""
+"""Checks of what a solve is given, and its diagnosis after the factorization."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from jgptq.solver.outcome import Outcome
 
 
 def check_k(name: str, k: int, expected: int, owner: str) -> None:
-    """Refuses what does not have as many in-features as that which it is put together with.
+    """Refuses an array whose number of in-features differs from that of the array it is combined with.
 
     Args:
       name: what is refused.
@@ -29,7 +29,7 @@ def check_k(name: str, k: int, expected: int, owner: str) -> None:
 def checked_batch(
     h: jax.Array, h_float: jax.Array | None, lost: jax.Array | None, *, k: int, residual: bool
 ) -> tuple[jax.Array, jax.Array | None]:
-    """The float model's part of a batch whose drift is summed, once it is there.
+    """The float model's part of a batch whose drift is summed, checked.
 
     Args:
       h: activations `[..., K]` of the quantized model.

@@ -1,4 +1,4 @@
-"""What a solve gives, how it is judged, and round-to-nearest, against which it is."""
+"""The result of a solve, its losses, and round-to-nearest, the baseline of the losses."""
 
 import functools
 from typing import NamedTuple

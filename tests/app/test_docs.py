@@ -24,6 +24,8 @@ SUBSTITUTIONS = {
     '"wikitext"': "TEXTS",
     "samples=512, seq_len=2048": "samples=8, seq_len=64",
     'calib, preset="fast"': 'calib, method="rtn"',
+    "calib, placement": 'calib, method="rtn", placement',
+    "data=4, model=2": "data=1, model=1",
     "calib, bits=4": 'calib, preset="fast", bits=4',
     "perplexity(params, tokens)": "perplexity(params, tokens[:512], seq_len=64)",
     "perplexity(qparams, tokens)": "perplexity(qparams, tokens[:512], seq_len=64)",

@@ -166,7 +166,7 @@ def test_other_quantization_methods_are_refused_by_name(folder: Path):
         load_hf(folder)
 
 
-def test_a_folder_without_safetensors_says_what_it_found(folder: Path):
+def test_a_folder_without_safetensors_names_the_files_it_has(folder: Path):
     (folder / SINGLE).rename(folder / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match=r"found pytorch_model\.bin: save the model as safetensors first"):
         load_hf(folder)

@@ -39,7 +39,7 @@ def test_an_existing_folder_is_kept_unless_overwriting(tmp_path: Path, folder: P
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_a_disk_that_is_too_small_is_found_out_before_anything_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_disk_that_is_too_small_is_reported_before_anything_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def full(descriptor: int, start: int, size: int) -> None:
         raise OSError(28, "No space left on device")
 

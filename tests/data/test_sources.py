@@ -131,8 +131,8 @@ def test_missing_files_and_unknown_endings_are_refused(tmp_path: Path, tokenizer
     calls = hub(AssertionError("a path was taken for the name of a dataset"))
     (tmp_path / "rows.csv").write_text("text\nx\n")
     missing = "no such file"
-    for source, found in [("none/rows.txt", missing), (tmp_path / "none", missing), (tmp_path / "rows.csv", "'.csv'")]:
-        with pytest.raises(CalibrationError, match=rf"ending in \.txt, \.jsonl, \.parquet, \.npy, found .*{found}"):
+    for source, reason in [("none/rows.txt", missing), (tmp_path / "none", missing), (tmp_path / "rows.csv", "'.csv'")]:
+        with pytest.raises(CalibrationError, match=rf"ending in \.txt, \.jsonl, \.parquet, \.npy, found .*{reason}"):
             calibration_tokens(source, tokenizer)
     assert not calls
 

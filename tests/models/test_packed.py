@@ -81,8 +81,8 @@ def test_rows_may_belong_to_any_group():
     expected = np.asarray(packed.scales, np.float64)[order] * (codes - zeros[order])
     x = np.eye(64, dtype=np.float32)
     parts = (jnp.asarray(packed.qweight), jnp.asarray(packed.scales), jnp.asarray(packed.zeros))
-    found = int4_matmul(jnp.asarray(x), *parts, group_size=32, group_index=jnp.asarray(order))
-    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    product = int4_matmul(jnp.asarray(x), *parts, group_size=32, group_index=jnp.asarray(order))
+    np.testing.assert_allclose(product, expected, rtol=1e-6)
 
 
 def test_validate_names_every_part_that_contradicts_the_others():

@@ -257,7 +257,7 @@ def test_a_resumed_run_writes_what_an_uninterrupted_one_does(tmp_path: Path, che
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_a_run_stopped_while_tuning_finds_what_was_not_tuned_yet(tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch):
+def test_a_run_stopped_while_tuning_resumes_from_the_untuned_blocks(tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch):
     params = load_hf(tiny.folder(tmp_path / "model", dtype=getattr(jnp, dtype)))
     calib, settings = tiny.tokens(), jgptq.QuantizeConfig(**SETTINGS, tune=2)
     whole = FolderSink(tmp_path / "whole", params, settings, calib)

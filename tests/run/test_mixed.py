@@ -72,17 +72,18 @@ def test_every_linear_is_solved_with_its_own_settings_on_what_it_really_reads(mi
             for name in stage.linears:
                 linear, other = unit.linears()[name], done.linears()[name]
                 row = rows[name if name == "lm_head" else f"layers.{index}.{name}"]
-                kernel, found = linear.kernel.get_value(), other.kernel.get_value()
+                kernel, packed_kernel = linear.kernel.get_value(), other.kernel.get_value()
                 if index == 1 and name in KINDS[0]:
                     assert row.note == rf"Stays float: skipped by rule '{next(iter(MIXED))[2:]}'.".replace("\\", "\\\\")
-                    np.testing.assert_array_equal(found, kernel)
+                    np.testing.assert_array_equal(packed_kernel, kernel)
                     continue
                 config = EXPECTED[name]
-                assert (found.bits, found.group_size, found.zeros is None) == (config.bits, config.group_size, config.sym)
+                grid = (packed_kernel.bits, packed_kernel.group_size, packed_kernel.zeros is None)
+                assert grid == (config.bits, config.group_size, config.sym)
                 assert (row.outcome, row.bits) == ("ROUNDED" if config.method == "rtn" else "SOLVED", config.bits)
                 assert row.tokens == 24 * 16
                 expected = solve(kernel.astype(jnp.float32), h_kk, config).dequantize()
-                assert np.mean(np.abs(np.asarray(found.dequantize() - expected)) > 1e-5) < 0.02
+                assert np.mean(np.abs(np.asarray(packed_kernel.dequantize() - expected)) > 1e-5) < 0.02
             carry = done.combine(stage, carry, {name: done.linears()[name](h) for name in stage.linears})
     assert len(report.rows) == 15
 
@@ -279,8 +280,8 @@ def test_no_rules_are_stored_as_none():
 
 def test_readers_that_refuse_a_rule_are_warned_of():
     rules = rules_from_dynamic({"a": {"bits": 3}, "b": {"group_size": 96}, "-:c": {}, "d": {"bits": 8}})
-    found = reader_warnings(QuantizeConfig(rules=rules), "gptq")
-    assert [warning.split()[0] for warning in found] == ["vLLM", "vLLM", "GPTQModel", "transformers"]
+    warnings = reader_warnings(QuantizeConfig(rules=rules), "gptq")
+    assert [warning.split()[0] for warning in warnings] == ["vLLM", "vLLM", "GPTQModel", "transformers"]
     assert [warning.split()[0] for warning in reader_warnings(QuantizeConfig(lm_head=True), "gptq")] == ["transformers"]
     assert reader_warnings(QuantizeConfig(rules=rules, lm_head=True), "float") == []
 

@@ -86,8 +86,8 @@ def divergence(model: Decoder, original: Decoder, tokens: np.ndarray) -> float:
         logits = np.asarray(_logits(decoder, jnp.asarray(tokens)), np.float64)
         return logits - np.log(np.sum(np.exp(logits), axis=-1, keepdims=True))
 
-    wanted, found = log_predicted(original), log_predicted(model)
-    return float(np.mean(np.sum(np.exp(wanted) * (wanted - found), axis=-1)))
+    wanted, predicted = log_predicted(original), log_predicted(model)
+    return float(np.mean(np.sum(np.exp(wanted) * (wanted - predicted), axis=-1)))
 
 
 def test_tuning_brings_predictions_nearer_to_the_float_models_on_other_tokens(original, rounded, lessons, tuned):
@@ -158,16 +158,16 @@ def test_the_gradient_block_by_block_is_that_of_the_whole_forward_pass(original,
     whole = jax.jit(jax.grad(loss, argnums=(0, 1)))
     parts = [whole(blocks, norm, jnp.asarray(lesson.tokens), lesson.residual) for lesson in lessons[:2]]
     expected = jax.tree.map(jnp.add, *parts)
-    found = TUNE._gradient(model, teacher, blocks, norm, lessons[:2])
+    gradient = TUNE._gradient(model, teacher, blocks, norm, lessons[:2])
     for path, leaf in jax.tree_util.tree_flatten_with_path(expected)[0]:
-        other = found
+        other = gradient
         for key in path:
             other = other[getattr(key, "idx", getattr(key, "key", None))]
         assert float(jnp.linalg.norm(leaf.reshape(-1))) > 0
         np.testing.assert_allclose(other, leaf, rtol=1e-3, atol=1e-6)
 
 
-def test_every_sixteenth_lesson_is_held_out_and_the_others_come_in_turn():
+def test_every_sixteenth_lesson_is_held_out_and_the_others_are_used_one_after_the_other():
     lessons = [TUNE.Lesson(np.full((2, 4), index), None) for index in range(33)]
     held_out, learnt = TUNE._split(lessons)
     assert [int(lesson.tokens[0, 0]) for lesson in held_out] == [0, 16, 32]
@@ -208,11 +208,11 @@ def test_the_driver_takes_every_method_order_and_scale_and_stays_below_rounding(
             assert not np.array_equal(kernel.group_index, np.repeat([0, 1], 32))
 
 
-def test_settings_beside_a_preset_win_over_it():
+def test_settings_given_with_a_preset_override_it():
     assert make_config({"preset": "best"}) == jgptq.QuantizeConfig(**PRESETS["best"])
-    found = make_config({"preset": "best", "refine": 0})
-    assert found == dataclasses.replace(make_config({"preset": "best"}), refine=0)
-    assert found.tune == PRESETS["best"]["tune"] > 0
+    config = make_config({"preset": "best", "refine": 0})
+    assert config == dataclasses.replace(make_config({"preset": "best"}), refine=0)
+    assert config.tune == PRESETS["best"]["tune"] > 0
     assert make_config({}) == make_config({"preset": "balanced"}) == jgptq.QuantizeConfig()
     assert not make_config({"preset": "fast"}).asymmetric
 

@@ -18,18 +18,18 @@ def test_rows_that_no_input_reaches_are_rounded_and_disturb_no_other(problem: Pr
     x_tk[:, dead] = float_tk[:, dead] = 0.0
     w_kn = problem.w_kn * np.where(np.isin(np.arange(k), dead), 0.5, 1.0)[:, None]  # they do not stretch the range of a grid
     silent = Problem(w_kn, x_tk, float_tk, problem.lost_tn)
-    found = solved(name, silent)
-    assert Outcome(int(found.outcome)) is Outcome.SOLVED
-    assert np.all(np.isfinite(found.loss_n))
+    solution = solved(name, silent)
+    assert Outcome(int(solution.outcome)) is Outcome.SOLVED
+    assert np.all(np.isfinite(solution.loss_n))
     rows = k if METHODS[name]["group_size"] == -1 else METHODS[name]["group_size"]
-    group_k = np.arange(k) // rows if found.group_k is None else np.asarray(found.group_k)
-    step_kn = np.asarray(found.scale_gn, np.float64)[group_k]
-    assert np.all(np.abs(np.asarray(found.dequantize()) - w_kn)[dead] <= 0.51 * step_kn[dead])
+    group_k = np.arange(k) // rows if solution.group_k is None else np.asarray(solution.group_k)
+    step_kn = np.asarray(solution.scale_gn, np.float64)[group_k]
+    assert np.all(np.abs(np.asarray(solution.dequantize()) - w_kn)[dead] <= 0.51 * step_kn[dead])
     smaller_kn = w_kn.copy()
     smaller_kn[dead] *= 0.9
     again = solved(name, silent._replace(w_kn=smaller_kn))
     others = [row for row in range(k) if row not in dead]
-    np.testing.assert_array_equal(np.asarray(again.codes_kn)[others], np.asarray(found.codes_kn)[others])
+    np.testing.assert_array_equal(np.asarray(again.codes_kn)[others], np.asarray(solution.codes_kn)[others])
 
 
 SINGLE = QuantizeConfig(group_size=32, damping=1e-7, scale="mse")
@@ -39,11 +39,11 @@ def test_the_damping_rises_where_tokens_span_too_few_directions():
     random = np.random.default_rng(3)
     x_tk = random.normal(size=(8, 64)) * 30
     w_kn = jnp.asarray(random.normal(size=(64, 8)), jnp.float32)
-    found = solve(w_kn, jnp.asarray(2 / 8 * x_tk.T @ x_tk, jnp.float32), SINGLE)
-    assert Outcome(int(found.outcome)) is Outcome.RAISED_DAMPING
-    assert float(found.damping) > 1e-7
-    assert np.all(np.isfinite(found.dequantize()))
-    assert float(found.loss_n.sum()) < float(found.rtn_loss_n.sum())
+    solution = solve(w_kn, jnp.asarray(2 / 8 * x_tk.T @ x_tk, jnp.float32), SINGLE)
+    assert Outcome(int(solution.outcome)) is Outcome.RAISED_DAMPING
+    assert float(solution.damping) > 1e-7
+    assert np.all(np.isfinite(solution.dequantize()))
+    assert float(solution.loss_n.sum()) < float(solution.rtn_loss_n.sum())
 
 
 @pytest.mark.parametrize(
@@ -56,14 +56,14 @@ def test_the_damping_rises_where_tokens_span_too_few_directions():
         (np.eye(64) + np.diag(np.full(63, 0.5), 1), Outcome.NOT_A_HESSIAN),
     ],
 )
-def test_matrices_that_are_no_hessians_are_told_from_those_that_are(h_kk: np.ndarray, outcome: Outcome):
-    found = solve(jnp.ones((64, 8)), jnp.asarray(h_kk, jnp.float32), SINGLE)
-    assert Outcome(int(found.outcome)) is outcome
+def test_matrices_that_are_not_hessians_are_diagnosed(h_kk: np.ndarray, outcome: Outcome):
+    solution = solve(jnp.ones((64, 8)), jnp.asarray(h_kk, jnp.float32), SINGLE)
+    assert Outcome(int(solution.outcome)) is outcome
 
 
 def test_a_drift_that_is_not_finite_is_no_solution(problem: Problem):
-    found = solved("gptaq", problem._replace(float_tk=np.where(np.arange(T)[:, None] == 7, np.nan, problem.float_tk)))
-    assert Outcome(int(found.outcome)) is Outcome.NONFINITE_HESSIAN
+    solution = solved("gptaq", problem._replace(float_tk=np.where(np.arange(T)[:, None] == 7, np.nan, problem.float_tk)))
+    assert Outcome(int(solution.outcome)) is Outcome.NONFINITE_HESSIAN
 
 
 def test_shapes_that_do_not_agree_are_named():

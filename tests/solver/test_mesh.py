@@ -26,9 +26,9 @@ PROGRAMS = ["accumulate", "accumulate drift", "factor", *on_mesh.PROGRAMS]
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
-    """What eight devices found, in a process of their own: the number of devices is fixed when JAX starts."""
-    path = tmp_path_factory.mktemp("mesh") / "found.npz"
+def arrays_on_mesh(tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
+    """The results of on_mesh.py on eight devices, in a process of its own: the number of devices is fixed when JAX starts."""
+    path = tmp_path_factory.mktemp("mesh") / "arrays.npz"
     support = Path(__file__).parents[1] / "support"
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
@@ -49,40 +49,40 @@ def dense() -> Means:
     return ONE_DEVICE.means(on_mesh.summed(ONE_DEVICE))
 
 
-def solution_of(found: dict[str, np.ndarray], name: str) -> Solution:
-    return Solution(**{field: found.get(f"{name}/{field}") for field in Solution._fields})
+def solution_of(arrays: dict[str, np.ndarray], name: str) -> Solution:
+    return Solution(**{field: arrays.get(f"{name}/{field}") for field in Solution._fields})
 
 
 @pytest.mark.parametrize("mesh", list(on_mesh.CASES))
-def test_sums_in_slabs_are_the_dense_ones_and_their_padding_is_dead(found, dense: Means, mesh: str):
+def test_sums_in_slabs_are_the_dense_ones_and_their_padding_is_dead(arrays_on_mesh, dense: Means, mesh: str):
     k = on_mesh.K
     for name, expected in (("h", dense.h_kk), ("drift", dense.drift_kk)):
-        sum_pp = found[f"{mesh}/{name}"]
+        sum_pp = arrays_on_mesh[f"{mesh}/{name}"]
         np.testing.assert_allclose(sum_pp[:k, :k], expected, rtol=1e-4, atol=1e-6 * float(abs(expected).max()))
         assert not sum_pp[k:].any()
         assert not sum_pp[:, k:].any()
-    residual_kn = found[f"{mesh}/residual"]
+    residual_kn = arrays_on_mesh[f"{mesh}/residual"]
     np.testing.assert_allclose(residual_kn, dense.residual_kn, rtol=1e-4, atol=1e-6 * float(abs(dense.residual_kn).max()))
-    assert found[f"{mesh}/tokens"] == on_mesh.T
+    assert arrays_on_mesh[f"{mesh}/tokens"] == on_mesh.T
 
 
 @pytest.mark.parametrize("name", FACTORED)
-def test_factor_in_slabs_is_the_dense_one_and_each_device_holds_an_eighth(found, dense: Means, name: str):
+def test_factor_in_slabs_is_the_dense_one_and_each_device_holds_an_eighth(arrays_on_mesh, dense: Means, name: str):
     _, case = CASES[name]
-    l_pp, k = found[f"{name}/factor"], on_mesh.K
+    l_pp, k = arrays_on_mesh[f"{name}/factor"], on_mesh.K
     with jax.enable_x64(case.get("float64", False)):
         expected = backwards(prepare(dense.h_kk, on_mesh.config_of(case), dense.drift_kk).factor)
         np.testing.assert_allclose(l_pp[:k, :k], expected, rtol=1e-3, atol=1e-5 * float(expected.max()))
     np.testing.assert_array_equal(np.triu(l_pp, 1), 0)
     assert not l_pp[k:, :k].any()
-    np.testing.assert_array_equal(found[f"{name}/shard"], [len(l_pp), len(l_pp) // 8])
+    np.testing.assert_array_equal(arrays_on_mesh[f"{name}/shard"], [len(l_pp), len(l_pp) // 8])
 
 
 # A weight half-way between two codes may fall either way, as sums are added up in another order.
 @pytest.mark.parametrize("name", list(CASES))
-def test_eight_devices_give_the_codes_of_one(found, dense: Means, name: str):
+def test_eight_devices_give_the_codes_of_one(arrays_on_mesh, dense: Means, name: str):
     _, case = CASES[name]
-    solution, (_, expected) = solution_of(found, name), on_mesh.solved(ONE_DEVICE, dense, case)
+    solution, (_, expected) = solution_of(arrays_on_mesh, name), on_mesh.solved(ONE_DEVICE, dense, case)
     assert solution.codes_kn.shape == (on_mesh.K, on_mesh.N)
     assert np.mean(solution.codes_kn == np.asarray(expected.codes_kn)) >= 0.999
     refitted = case.get("preset") == "best" or "refit" in case  # a scale between two float16 may be either of them
@@ -106,7 +106,7 @@ def test_every_preset_method_and_order_is_among_the_cases():
 
 
 def test_drift_and_residual_change_the_codes_of_the_cases_that_read_them(dense: Means):
-    """Otherwise no case would tell whether a mesh reads them."""
+    """Otherwise no case would show whether a mesh reads them."""
     for case, without in (
         ({"preset": "balanced"}, dense._replace(drift_kk=None)),
         ({"preset": "balanced"}, dense._replace(residual_kn=None)),
@@ -117,20 +117,20 @@ def test_drift_and_residual_change_the_codes_of_the_cases_that_read_them(dense: 
         assert np.mean(both[0] != both[1]) > 0.01
 
 
-def test_a_stage_is_solved_on_a_mesh_as_on_one_device(found):
+def test_a_stage_is_solved_on_a_mesh_as_on_one_device(arrays_on_mesh):
     expected = on_mesh.stage_of(ONE_DEVICE)
     for index, linear in enumerate(expected.linears):
-        np.testing.assert_array_equal(found[f"stage/{index}/codes"], linear.packed.qweight)
-        np.testing.assert_allclose(found[f"stage/{index}/loss"], linear.loss_n, rtol=1e-4)
+        np.testing.assert_array_equal(arrays_on_mesh[f"stage/{index}/codes"], linear.packed.qweight)
+        np.testing.assert_allclose(arrays_on_mesh[f"stage/{index}/loss"], linear.loss_n, rtol=1e-4)
 
 
-def test_damping_is_raised_as_on_one_device(found):
+def test_damping_is_raised_as_on_one_device(arrays_on_mesh):
     expected = solve(jnp.ones((64, 32)), jnp.asarray(on_mesh.indefinite()), QuantizeConfig(group_size=32, damping=0.001))
-    solution = solution_of(found, "raised")
+    solution = solution_of(arrays_on_mesh, "raised")
     assert float(solution.damping) == float(expected.damping) == pytest.approx(0.01)
     assert Outcome(int(solution.outcome)) is Outcome.RAISED_DAMPING
     np.testing.assert_array_equal(solution.codes_kn, expected.codes_kn)
-    assert np.isfinite(found["raised/factor"]).all()
+    assert np.isfinite(arrays_on_mesh["raised/factor"]).all()
 
 
 @pytest.mark.parametrize(
@@ -144,14 +144,14 @@ def test_damping_is_raised_as_on_one_device(found):
         ("overflow", Outcome.SCALE_OVERFLOW),
     ],
 )
-def test_what_is_wrong_on_one_device_all_report(found, name: str, outcome: Outcome):
-    assert Outcome(int(found[f"{name}/outcome"])) is outcome
+def test_what_is_wrong_on_one_device_all_report(arrays_on_mesh, name: str, outcome: Outcome):
+    assert Outcome(int(arrays_on_mesh[f"{name}/outcome"])) is outcome
 
 
-def test_rows_that_fill_no_whole_number_of_tiles_are_each_updated_once(found):
-    h_kk = jnp.asarray(found["tiles/h"])
+def test_rows_that_fill_no_whole_number_of_tiles_are_each_updated_once(arrays_on_mesh):
+    h_kk = jnp.asarray(arrays_on_mesh["tiles/h"])
     expected = lower_factor(h_kk, 0.01 * jnp.mean(jnp.diagonal(h_kk)))
-    np.testing.assert_allclose(found["tiles/factor"], expected, atol=2e-5)
+    np.testing.assert_allclose(arrays_on_mesh["tiles/factor"], expected, atol=2e-5)
 
 
 # In slabs, of which eight are the matrix: those that are read, that which is written, chunks of rows on their way, some panels.
@@ -159,15 +159,15 @@ MOST_SLABS = {"accumulate": 4.5, "accumulate drift": 4.5, "factor": 4.5, "solve 
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_no_device_holds_the_whole_matrix(found, program: str):
+def test_no_device_holds_the_whole_matrix(arrays_on_mesh, program: str):
     compiled = [4096] if program in on_mesh.PROGRAMS else [2048, 4096]
-    assert not any(found[f"{program}/{k}/whole"] for k in compiled)
-    assert found[f"{program}/4096/slabs"] < MOST_SLABS.get(program, 6.0)
+    assert not any(arrays_on_mesh[f"{program}/{k}/whole"] for k in compiled)
+    assert arrays_on_mesh[f"{program}/4096/slabs"] < MOST_SLABS.get(program, 6.0)
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_programs_do_not_grow_with_k(found, program: str):
-    assert found[f"{program}/4096/text"] == pytest.approx(found[f"{program}/2048/text"], rel=0.01)
+def test_programs_do_not_grow_with_k(arrays_on_mesh, program: str):
+    assert arrays_on_mesh[f"{program}/4096/text"] == pytest.approx(arrays_on_mesh[f"{program}/2048/text"], rel=0.01)
 
 
 def test_a_mesh_of_one_device_is_the_same_code():

@@ -38,11 +38,11 @@ def test_static_order_is_obq_in_order_of_importance_on_grids_fixed_in_the_file(p
         DAMPING,
         fixed=(fixed[0][rows_k], fixed[1][rows_k]),
     )
-    found = solved("static", problem)
-    assert found.group_k is None
-    np.testing.assert_array_equal(found.scale_gn, fixed[0][::64])
-    np.testing.assert_array_equal(found.zero_gn, fixed[1][::64])
-    assert_solves(found, expected_kn, problem.w_kn, problem.h_kk)
+    solution = solved("static", problem)
+    assert solution.group_k is None
+    np.testing.assert_array_equal(solution.scale_gn, fixed[0][::64])
+    np.testing.assert_array_equal(solution.zero_gn, fixed[1][::64])
+    assert_solves(solution, expected_kn, problem.w_kn, problem.h_kk)
 
 
 def test_desc_act_is_obq_in_order_of_importance_with_groups_of_that_order(problem: Problem):
@@ -51,9 +51,9 @@ def test_desc_act_is_obq_in_order_of_importance_with_groups_of_that_order(proble
     expected_kn[rows_k] = oracles.obq_fixed_order(
         problem.w_kn[rows_k], problem.h_kk[np.ix_(rows_k, rows_k)], 3, 32, True, DAMPING
     )
-    found = solved("desc_act", problem)
-    np.testing.assert_array_equal(np.asarray(found.group_k)[rows_k], np.arange(K) // 32)
-    assert_solves(found, expected_kn, problem.w_kn, problem.h_kk)
+    solution = solved("desc_act", problem)
+    np.testing.assert_array_equal(np.asarray(solution.group_k)[rows_k], np.arange(K) // 32)
+    assert_solves(solution, expected_kn, problem.w_kn, problem.h_kk)
 
 
 @pytest.mark.parametrize("method", ["gptq", "rtn"])
@@ -61,8 +61,8 @@ def test_desc_act_is_obq_in_order_of_importance_with_groups_of_that_order(proble
 def test_only_desc_act_needs_an_index_of_groups(method: str, order: str):
     used = QuantizeConfig(method=method, order=order, group_size=32)
     shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
-    found = jax.eval_shape(lambda w_kn, h_kk: solve(w_kn, h_kk, used), shape((64, 8)), shape((64, 64)))
-    assert (found.group_k is not None) == (order == "desc_act" and method == "gptq")
+    solution = jax.eval_shape(lambda w_kn, h_kk: solve(w_kn, h_kk, used), shape((64, 8)), shape((64, 64)))
+    assert (solution.group_k is not None) == (order == "desc_act" and method == "gptq")
 
 
 @settings(max_examples=25)
@@ -82,13 +82,13 @@ def test_obs_pruning_is_the_constrained_least_squares_minimum(problem: Problem):
     """One weight after the other set to zero, the others moved: what least squares gives without those columns."""
     x_tk, w_kn, pruned = problem.x_tk[:, :64], problem.w_kn[:64], [5, 40, 41, 0]
     inverse_kk = np.linalg.inv(x_tk.T @ x_tk)
-    found_kn = w_kn
+    updated_kn = w_kn
     for q in pruned:
-        found_kn, inverse_kk = oracles.obs_update(found_kn, inverse_kk, q, 0.0), oracles.eliminated(inverse_kk, q)
+        updated_kn, inverse_kk = oracles.obs_update(updated_kn, inverse_kk, q, 0.0), oracles.eliminated(inverse_kk, q)
     kept = [k for k in range(64) if k not in pruned]
     expected_kn = np.zeros_like(w_kn)
     expected_kn[kept] = np.linalg.lstsq(x_tk[:, kept], x_tk @ w_kn, rcond=None)[0]
-    np.testing.assert_allclose(found_kn, expected_kn, atol=1e-9)
+    np.testing.assert_allclose(updated_kn, expected_kn, atol=1e-9)
 
 
 def test_rows_of_the_inverse_factor_move_later_rows_as_obs_does(problem: Problem):
@@ -131,10 +131,10 @@ def test_the_shifted_target_is_the_least_squares_solution(problem: Problem, a: f
         r_kk = upper_factor(jnp.asarray(oracles.damped(problem.h_kk, DAMPING)), jnp.zeros(()))
         w_kn, drift_kk, residual_kn = (jnp.asarray(part) for part in (problem.w_kn, problem.drift_kk, problem.residual_kn))
         inverse_times = functools.partial(inverse_product, r_kk)
-        found_kn = np.asarray(shifted_target(w_kn, inverse_times, WholeMatrix(drift_kk), residual_kn, a, b))
-    assert found_kn.shape == (K, N)
-    assert np.linalg.norm(found_kn - problem.w_kn) > 1e-3 * np.linalg.norm(problem.w_kn)
-    np.testing.assert_allclose(found_kn, target(problem, a, b, DAMPING), atol=1e-9)
+        shifted_kn = np.asarray(shifted_target(w_kn, inverse_times, WholeMatrix(drift_kk), residual_kn, a, b))
+    assert shifted_kn.shape == (K, N)
+    assert np.linalg.norm(shifted_kn - problem.w_kn) > 1e-3 * np.linalg.norm(problem.w_kn)
+    np.testing.assert_allclose(shifted_kn, target(problem, a, b, DAMPING), atol=1e-9)
 
 
 def target(problem: Problem, a: float, b: float, damping: float) -> np.ndarray:
@@ -171,16 +171,16 @@ def test_gptaq_is_its_loop_one_row_at_a_time(problem: Problem):
 
 def test_qronos_is_least_squares_at_every_step(small: Problem):
     """At least 99% of the codes, all of the first row, and the loss to a thousandth."""
-    used, found = config("qronos"), solved("qronos", small)
+    used, solution = config("qronos"), solved("qronos", small)
     rows_k = np.asarray(row_sequence("group", jnp.asarray(np.diag(small.h_kk), jnp.float32), 32).rows_k)
     part = small.rows(rows_k)
-    grids = tuple(np.asarray(a, np.float64)[rows_k // 32] for a in (found.scale_gn, found.zero_gn))
+    grids = tuple(np.asarray(a, np.float64)[rows_k // 32] for a in (solution.scale_gn, solution.zero_gn))
     expected_kn = oracles.qronos(part.w_kn, part.x_tk, part.float_tk, grids, used.bits, used.damping)
-    found_kn = np.asarray(found.dequantize())[rows_k]
-    np.testing.assert_allclose(found_kn[0], expected_kn[0], atol=1e-6)
-    assert np.mean(np.abs(found_kn - expected_kn) < 1e-6) >= 0.99
+    quantized_kn = np.asarray(solution.dequantize())[rows_k]
+    np.testing.assert_allclose(quantized_kn[0], expected_kn[0], atol=1e-6)
+    assert np.mean(np.abs(quantized_kn - expected_kn) < 1e-6) >= 0.99
     goal_tn = part.float_tk @ part.w_kn
-    losses = [np.linalg.norm(goal_tn - part.x_tk @ points_kn) ** 2 for points_kn in (found_kn, expected_kn)]
+    losses = [np.linalg.norm(goal_tn - part.x_tk @ points_kn) ** 2 for points_kn in (quantized_kn, expected_kn)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
@@ -206,7 +206,7 @@ def test_asymmetric_methods_ask_for_the_drift_that_they_lack(method: str):
 
 
 def test_the_solve_does_not_depend_on_the_size_of_its_blocks(problem: Problem, monkeypatch: pytest.MonkeyPatch):
-    found = []
+    results = []
     with double():
         l_kk = lower_factor(jnp.asarray(oracles.damped(problem.h_kk, DAMPING)), jnp.zeros(()))
         w_kn, diag_k = jnp.asarray(problem.w_kn), jnp.asarray(np.diag(problem.h_kk))
@@ -215,7 +215,7 @@ def test_the_solve_does_not_depend_on_the_size_of_its_blocks(problem: Problem, m
             monkeypatch.setattr(COMPENSATE, "MOST_ROWS", most)
             assert COMPENSATE.solver_block(K, 32) == block
             run = jax.jit(functools.partial(COMPENSATE.compensate, factor=WholeMatrix(l_kk), group_size=32, spec=spec))
-            found.append(run(w_kn, u_cbb=inverse_transposed(diagonal_blocks(l_kk, block)), weight_k=diag_k))
-    for other in found[1:]:
-        np.testing.assert_array_equal(other.codes_kn, found[0].codes_kn)
-        np.testing.assert_array_equal(other.grid.scale_n, found[0].grid.scale_n)
+            results.append(run(w_kn, u_cbb=inverse_transposed(diagonal_blocks(l_kk, block)), weight_k=diag_k))
+    for other in results[1:]:
+        np.testing.assert_array_equal(other.codes_kn, results[0].codes_kn)
+        np.testing.assert_array_equal(other.grid.scale_n, results[0].grid.scale_n)

@@ -72,16 +72,16 @@ def test_no_round_raises_the_loss_of_any_column(problem, bits: int, sym: bool, g
     run = functools.partial(_refine, *arrays, group_size=rows, bits=bits, sym=sym, sweeps=2)
     losses = [loss_n(w_kn, h_kk, codes_kn, *grid)]
     for rounds in (1, 2, 3, 6):
-        found = run(rounds=rounds)
-        losses.append(loss_n(w_kn, h_kk, *found[:1], *found.grid))
+        result = run(rounds=rounds)
+        losses.append(loss_n(w_kn, h_kk, *result[:1], *result.grid))
         assert np.all(losses[-1] <= losses[-2] * (1 + 1e-5))
-        scale_gn = np.asarray(found.grid.scale_n)
+        scale_gn = np.asarray(result.grid.scale_n)
         assert np.all(scale_gn > 0)
         np.testing.assert_array_equal(scale_gn, scale_gn.astype(np.float16).astype(np.float32))
-        for part in (found.codes_kn, found.grid.zero_n):
+        for part in (result.codes_kn, result.grid.zero_n):
             assert set(np.unique(part)) <= set(range(2**bits))
         if sym:
-            np.testing.assert_array_equal(found.grid.zero_n, 2 ** (bits - 1))
+            np.testing.assert_array_equal(result.grid.zero_n, 2 ** (bits - 1))
     assert losses[-1].sum() < 0.8 * losses[0].sum()
 
 
@@ -90,9 +90,9 @@ def test_refit_alone_keeps_the_codes_and_lowers_the_loss(problem):
     codes_kn, grids = rounded(w_kn, 3, 32, False)
     grid = Grid(*(jnp.asarray(part[::32], jnp.float32) for part in grids))
     arrays = jnp.asarray(codes_kn, jnp.float32), grid, jnp.asarray(w_kn, jnp.float32), jnp.asarray(h_kk, jnp.float32)
-    found = _refine(*arrays, group_size=32, rounds=1, bits=3, sym=False, sweeps=0)
-    np.testing.assert_array_equal(found.codes_kn, codes_kn)
-    after, before = loss_n(w_kn, h_kk, codes_kn, *found.grid), loss_n(w_kn, h_kk, codes_kn, *grid)
+    result = _refine(*arrays, group_size=32, rounds=1, bits=3, sym=False, sweeps=0)
+    np.testing.assert_array_equal(result.codes_kn, codes_kn)
+    after, before = loss_n(w_kn, h_kk, codes_kn, *result.grid), loss_n(w_kn, h_kk, codes_kn, *grid)
     assert np.all(after <= before * (1 + 1e-5))
     assert after.sum() < 0.98 * before.sum()
 
@@ -106,8 +106,8 @@ def test_a_sweep_is_coordinate_descent_one_code_at_a_time(problem, bits: int, ro
     with double():
         grid = Grid(*(jnp.asarray(part[::rows]) for part in grids))
         sweep = jax.jit(_sweep, static_argnums=(4, 5))
-        found_kn, left_kn = sweep(jnp.asarray(codes_kn), jnp.asarray(gradient_kn), jnp.asarray(h_kk), grid, bits, 1)
-    np.testing.assert_array_equal(found_kn, expected_kn)
+        swept_kn, left_kn = sweep(jnp.asarray(codes_kn), jnp.asarray(gradient_kn), jnp.asarray(h_kk), grid, bits, 1)
+    np.testing.assert_array_equal(swept_kn, expected_kn)
     assert np.mean(expected_kn != codes_kn) > 0.05
     np.testing.assert_allclose(left_kn, h_kk @ (w_kn - grids[0] * (expected_kn - grids[1])), atol=1e-9)
 
@@ -119,9 +119,9 @@ def test_two_sweeps_are_one_after_the_other(problem):
     with double():
         grid = Grid(*(jnp.asarray(part[::64]) for part in grids))
         sweep = jax.jit(_sweep, static_argnums=(4, 5))
-        found_kn, _ = sweep(jnp.asarray(codes_kn), jnp.asarray(gradient_kn), jnp.asarray(h_kk), grid, 3, 2)
+        swept_kn, _ = sweep(jnp.asarray(codes_kn), jnp.asarray(gradient_kn), jnp.asarray(h_kk), grid, 3, 2)
     once_kn = oracles.descended(codes_kn, w_kn, h_kk, grids, 3)
-    np.testing.assert_array_equal(found_kn, oracles.descended(once_kn, w_kn, h_kk, grids, 3))
+    np.testing.assert_array_equal(swept_kn, oracles.descended(once_kn, w_kn, h_kk, grids, 3))
 
 
 @pytest.mark.parametrize("rows", [64, 192])
@@ -142,10 +142,10 @@ def test_a_round_is_a_sweep_of_each_block_and_then_the_best_grids_one_after_the_
     with double():
         arrays = [jnp.asarray(part) for part in (codes_kn, w_kn, h_kk)]
         grid = Grid(*(jnp.asarray(part[::rows]) for part in grids))
-        found = _refine(arrays[0], grid, *arrays[1:], group_size=rows, rounds=1, bits=3, sym=False, sweeps=1)
-    np.testing.assert_array_equal(found.codes_kn, expected_kn)
-    np.testing.assert_array_equal(found.grid.scale_n, scale_kn[::rows])
-    np.testing.assert_array_equal(found.grid.zero_n, zero_kn[::rows])
+        result = _refine(arrays[0], grid, *arrays[1:], group_size=rows, rounds=1, bits=3, sym=False, sweeps=1)
+    np.testing.assert_array_equal(result.codes_kn, expected_kn)
+    np.testing.assert_array_equal(result.grid.scale_n, scale_kn[::rows])
+    np.testing.assert_array_equal(result.grid.zero_n, zero_kn[::rows])
 
 
 @pytest.mark.parametrize("sym", [True, False])
@@ -156,7 +156,7 @@ def test_a_refitted_grid_is_the_best_of_all_zero_points_and_of_its_float16_neigh
     expected = oracles.best_grid(codes_kn, w_kn, h_kk, grids, group, [4] if sym else range(8))
     gradient_kn = h_kk @ (w_kn - grids[0] * (codes_kn - grids[1]))
     with double():
-        found = _refit(
+        result = _refit(
             jnp.asarray(codes_kn[group]),
             Grid(*(jnp.asarray(part[64]) for part in grids)),
             jnp.asarray(gradient_kn[group]),
@@ -165,7 +165,7 @@ def test_a_refitted_grid_is_the_best_of_all_zero_points_and_of_its_float16_neigh
             bits,
             sym,
         )
-        scale_n, zero_n = (np.asarray(part) for part in found)
+        scale_n, zero_n = (np.asarray(part) for part in result)
     np.testing.assert_array_equal(scale_n, expected[0])
     np.testing.assert_array_equal(zero_n, expected[1])
     assert np.any(scale_n != grids[0][64])
@@ -189,23 +189,23 @@ def test_a_grid_that_cannot_be_fitted_stays_as_it_is():
     codes_rn = jnp.stack([jnp.full(32, 4.0), jnp.full(32, 6.0)], axis=1)
     target_rn = jnp.stack([jnp.full(32, 1.0), jnp.full(32, -1.0)], axis=1)
     gradient_rn = target_rn - grid.scale_n[None] * (codes_rn - grid.zero_n[None])
-    found = _refit(codes_rn, grid, gradient_rn, h_rr, 0, 3, True)
-    np.testing.assert_array_equal(found.scale_n, grid.scale_n)
-    np.testing.assert_array_equal(found.zero_n, grid.zero_n)
+    result = _refit(codes_rn, grid, gradient_rn, h_rr, 0, 3, True)
+    np.testing.assert_array_equal(result.scale_n, grid.scale_n)
+    np.testing.assert_array_equal(result.zero_n, grid.zero_n)
 
 
 @pytest.mark.parametrize(("order", "changes"), [("static", {"refine": 2}), ("desc_act", {"refit": True})])
 def test_a_solve_that_is_refined_loses_less_and_keeps_its_form(problem, order: str, changes: dict):
     w_kn, h_kk = (jnp.asarray(part, jnp.float32) for part in problem)
     base = QuantizeConfig(bits=3, group_size=64, sym=False, order=order, damping=1e-6)
-    plain, found = (solve(w_kn, h_kk, used) for used in (base, dataclasses.replace(base, **changes)))
-    off_kn = problem[0] - np.asarray(found.dequantize(), np.float64)
-    np.testing.assert_allclose(found.loss_n, np.sum(off_kn * (problem[1] @ off_kn), axis=0), rtol=1e-3)
-    assert np.all(found.loss_n <= plain.loss_n * (1 + 1e-4))
-    assert float(found.loss_n.sum()) < 0.99 * float(plain.loss_n.sum())
-    assert found.scale_gn.dtype == jnp.float16
+    plain, refined = (solve(w_kn, h_kk, used) for used in (base, dataclasses.replace(base, **changes)))
+    off_kn = problem[0] - np.asarray(refined.dequantize(), np.float64)
+    np.testing.assert_allclose(refined.loss_n, np.sum(off_kn * (problem[1] @ off_kn), axis=0), rtol=1e-3)
+    assert np.all(refined.loss_n <= plain.loss_n * (1 + 1e-4))
+    assert float(refined.loss_n.sum()) < 0.99 * float(plain.loss_n.sum())
+    assert refined.scale_gn.dtype == jnp.float16
     if order == "desc_act":
-        np.testing.assert_array_equal(found.group_k, plain.group_k)
-        np.testing.assert_array_equal(found.codes_kn, plain.codes_kn)
+        np.testing.assert_array_equal(refined.group_k, plain.group_k)
+        np.testing.assert_array_equal(refined.codes_kn, plain.codes_kn)
     else:
-        assert found.group_k is None
+        assert refined.group_k is None

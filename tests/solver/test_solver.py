@@ -41,11 +41,11 @@ def solved(problem: tuple[np.ndarray, np.ndarray], **settings: object):
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_blocked_solve_equals_obq_one_weight_at_a_time(problem, bits: int, group_size: int, sym: bool):
     w_kn, h_kk = problem
-    found = np.asarray(solved(problem, bits=bits, group_size=group_size, sym=sym, order="none").dequantize())
+    quantized = np.asarray(solved(problem, bits=bits, group_size=group_size, sym=sym, order="none").dequantize())
     expected = oracles.obq_fixed_order(w_kn, h_kk, bits, K if group_size == -1 else group_size, sym, damping=0.01)
     # A weight that lies half-way between two codes may fall either way in float32, and then moves those after it a little.
-    assert np.mean(np.abs(found - expected) > 1e-6) < (0.01 if bits < 8 else 0.05)
-    loss, least = oracles.output_loss(w_kn - found, h_kk), oracles.output_loss(w_kn - expected, h_kk)
+    assert np.mean(np.abs(quantized - expected) > 1e-6) < (0.01 if bits < 8 else 0.05)
+    loss, least = oracles.output_loss(w_kn - quantized, h_kk), oracles.output_loss(w_kn - expected, h_kk)
     assert loss == pytest.approx(least, rel=2e-3 if bits < 8 else 1e-2)
 
 
@@ -89,9 +89,9 @@ def test_group_order_equals_solving_the_permuted_problem(problem, group_size: in
     rows = K if group_size == -1 else group_size
     order = row_sequence("group", jnp.diagonal(jnp.asarray(h_kk)), rows)
     permuted = np.asarray(order.rows_k)
-    found = np.asarray(solved(problem, group_size=group_size, order="group").dequantize())
+    quantized = np.asarray(solved(problem, group_size=group_size, order="group").dequantize())
     expected = oracles.obq_fixed_order(w_kn[permuted], h_kk[np.ix_(permuted, permuted)], 4, rows, True, damping=0.01)
-    assert np.mean(np.abs(found[permuted] - expected) > 1e-6) < 0.01
+    assert np.mean(np.abs(quantized[permuted] - expected) > 1e-6) < 0.01
 
 
 @given(st.lists(st.floats(0, 100, width=32, allow_subnormal=False), min_size=96, max_size=96))
@@ -127,10 +127,10 @@ def test_solver_block_divides_k_and_never_splits_a_group_unevenly(multiple: int,
 def test_lower_factor_is_that_of_the_damped_hessian_from_its_last_row(k: int):
     inputs = np.random.default_rng(k).normal(size=(2 * k, k))
     h_kk = inputs.T @ inputs / k
-    found = np.asarray(lower_factor(jnp.asarray(h_kk, jnp.float32), jnp.float32(0.5)))
+    factor = np.asarray(lower_factor(jnp.asarray(h_kk, jnp.float32), jnp.float32(0.5)))
     h_kk += 0.5 * np.eye(k)
-    np.testing.assert_array_equal(np.triu(found, 1), 0)
-    np.testing.assert_allclose(found, np.linalg.cholesky(h_kk[::-1, ::-1])[::-1, ::-1].T, atol=2e-5)
+    np.testing.assert_array_equal(np.triu(factor, 1), 0)
+    np.testing.assert_allclose(factor, np.linalg.cholesky(h_kk[::-1, ::-1])[::-1, ::-1].T, atol=2e-5)
 
 
 def test_triangular_systems_are_solved():
@@ -186,14 +186,14 @@ def test_dead_rows_are_rounded_to_nearest_and_disturb_no_other(problem):
     w_kn, h_kk = problem
     dead = h_kk.copy()
     dead[[3, 100], :] = dead[:, [3, 100]] = 0
-    found = solve(jnp.asarray(w_kn), jnp.asarray(dead), QuantizeConfig(group_size=64, order="none", scale="minmax"))
-    error = np.abs(np.asarray(found.dequantize()) - w_kn)[[3, 100]]
-    half_step = np.asarray(found.scale_gn, np.float32)[[0, 1]] / 2
+    solution = solve(jnp.asarray(w_kn), jnp.asarray(dead), QuantizeConfig(group_size=64, order="none", scale="minmax"))
+    error = np.abs(np.asarray(solution.dequantize()) - w_kn)[[3, 100]]
+    half_step = np.asarray(solution.scale_gn, np.float32)[[0, 1]] / 2
     assert np.all(error <= half_step * 1.01 + 1e-6)
     louder = w_kn.copy()
     louder[3] *= 0.5
     again = solve(jnp.asarray(louder), jnp.asarray(dead), QuantizeConfig(group_size=64, order="none", scale="minmax"))
-    np.testing.assert_array_equal(np.asarray(again.codes_kn)[64:], np.asarray(found.codes_kn)[64:])
+    np.testing.assert_array_equal(np.asarray(again.codes_kn)[64:], np.asarray(solution.codes_kn)[64:])
 
 
 @pytest.mark.parametrize(
@@ -210,10 +210,10 @@ def test_dead_rows_are_rounded_to_nearest_and_disturb_no_other(problem):
 )
 def test_a_failed_solve_says_why(weights: float, h: np.ndarray, outcome: Outcome):
     solution = solve(jnp.full((64, 32), weights), jnp.asarray(h, jnp.float32), QuantizeConfig(group_size=32))
-    found = Outcome(int(solution.outcome))
-    assert found is outcome
-    assert found.failed
-    assert found.message.endswith(".")
+    diagnosis = Outcome(int(solution.outcome))
+    assert diagnosis is outcome
+    assert diagnosis.failed
+    assert diagnosis.message.endswith(".")
 
 
 @given(st.floats(1e-12, 1e4), st.sampled_from([2, 3, 4, 8]), st.booleans())

@@ -40,7 +40,7 @@ CASES: dict[str, list[dict[str, Any]]] = {
     ],
     "1x8": [{"method": "rtn"}],
 }
-"""By mesh, data x model: settings beside a group size of 64."""
+"""By mesh, data x model: settings in addition to a group size of 64."""
 FAILURES = {
     "zero": np.zeros((64, 64)),
     "nan": np.diag(np.r_[np.ones(63), np.nan]),
@@ -111,8 +111,8 @@ def solves() -> dict[str, np.ndarray]:
 def stages() -> dict[str, np.ndarray]:
     """Two linears of a stage as tiles, of which the last overlaps the one before."""
     result = stage_of(OnMesh(make_mesh(data=4, model=2)))
-    found = {f"stage/{index}/codes": np.asarray(linear.packed.qweight) for index, linear in enumerate(result.linears)}
-    return found | {f"stage/{index}/loss": np.asarray(linear.loss_n) for index, linear in enumerate(result.linears)}
+    codes = {f"stage/{index}/codes": np.asarray(linear.packed.qweight) for index, linear in enumerate(result.linears)}
+    return codes | {f"stage/{index}/loss": np.asarray(linear.loss_n) for index, linear in enumerate(result.linears)}
 
 
 def stage_of(placement: Placement) -> SolvedStage:

@@ -42,7 +42,7 @@ def grid_error(w_rn: np.ndarray, grid: Grid, bits: int, weight_r: np.ndarray | N
 
 def searched_grid(w_rn: np.ndarray, bits: int, sym: bool, weight_r: np.ndarray | None) -> Grid:
     """The best part of the covering range, one column after the other: of 1, 0.95 .. 0.2, then of 0.0125 .. 0.0375 around it."""
-    found = []
+    grids = []
     for w_r1 in w_rn.T[:, :, None]:
 
         def error(part: float, w_r1: np.ndarray = w_r1) -> float:
@@ -50,8 +50,8 @@ def searched_grid(w_rn: np.ndarray, bits: int, sym: bool, weight_r: np.ndarray |
 
         coarse = min((1 - 0.05 * step for step in range(17)), key=error)
         fine = min((min(coarse + 0.0125 * step, 1.0) for step in (0, -3, -2, -1, 1, 2, 3)), key=error)
-        found.append(minmax_grid(w_r1, bits, sym, fine))
-    return np.concatenate([scale for scale, _ in found]), np.concatenate([zero for _, zero in found])
+        grids.append(minmax_grid(w_r1, bits, sym, fine))
+    return np.concatenate([scale for scale, _ in grids]), np.concatenate([zero for _, zero in grids])
 
 
 def round_to_nearest(w_kn: np.ndarray, bits: int, rows: int, sym: bool) -> np.ndarray:
@@ -127,7 +127,7 @@ def obq_greedy(w_kn: np.ndarray, h_kk: np.ndarray, bits: int, grids: Grid, dampi
 def gptaq(
     w_kn: np.ndarray, x_tk: np.ndarray, float_tk: np.ndarray, bits: int, rows: int, sym: bool, damping: float, alpha: float
 ) -> np.ndarray:
-    """GPTAQ (arXiv 2504.02692, algorithm 1), one row at a time: beside the error of a row, `P[k, j] w_k` moves each later row,
+    """GPTAQ (arXiv 2504.02692, algorithm 1), one row at a time. A row moves each later row by its error, and by `P[k, j] w_k`,
     with `P = alpha strictly_upper(dX X^T U^T) U` and dX what the quantized inputs lack."""
     w, scale = w_kn.astype(np.float64).copy(), 2 / len(x_tk)
     u = np.linalg.cholesky(np.linalg.inv(damped(scale * x_tk.T @ x_tk, damping))).T

@@ -1,4 +1,4 @@
-"""A linear with correlated inputs, float ones beside them, and its solutions by every method in double precision."""
+"""A linear with correlated inputs, the float model's inputs, and its solutions by every method in double precision."""
 
 import contextlib
 from collections.abc import Iterator
@@ -88,9 +88,9 @@ def most_important_first(problem: Problem) -> np.ndarray:
     return np.argsort(-np.diag(problem.h_kk), kind="stable")
 
 
-def assert_solves(found: Solution, expected_kn: np.ndarray, target_kn: np.ndarray, h_kk: np.ndarray) -> None:
+def assert_solves(solution: Solution, expected_kn: np.ndarray, target_kn: np.ndarray, h_kk: np.ndarray) -> None:
     """The same weights, all of them, and the loss that is reported is theirs."""
-    np.testing.assert_allclose(found.dequantize(), expected_kn, atol=1e-6)
+    np.testing.assert_allclose(solution.dequantize(), expected_kn, atol=1e-6)
     loss = oracles.output_loss(target_kn - expected_kn, h_kk)
     with double():
-        assert float(found.loss_n.sum()) == pytest.approx(loss, rel=1e-6)
+        assert float(solution.loss_n.sum()) == pytest.approx(loss, rel=1e-6)

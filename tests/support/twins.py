@@ -24,7 +24,7 @@ BASE = {**SIZES, **HEADS, "max_position_embeddings": 64, "rms_norm_eps": 0.01, "
 
 
 def hf_dict(model_type: str, **changes) -> dict:
-    """A config.json written by hand in the old style: `rope_scaling`, with `rope_theta` beside it."""
+    """A config.json written by hand in the old style: `rope_scaling`, and `rope_theta` as a key of its own."""
     return {"model_type": model_type, **BASE, **changes}
 
 
@@ -47,7 +47,7 @@ ROPE_TYPES = ["default", "linear", "dynamic", "yarn", "longrope", "llama3"]
 SLIDING = {"use_sliding_window": True, "sliding_window": 5}
 ALTERNATING = {"layer_types": ["sliding_attention", "full_attention"]}
 
-# name: (config.json, keys whose change must show in the logits, lest the row prove nothing)
+# name: (config.json, keys whose change must change the logits: otherwise the row proves nothing)
 ROWS: dict[str, tuple[dict, dict | None]] = {
     "llama": (hf_dict("llama", num_key_value_heads=None), {"rope_theta": 10000.0}),
     "llama_gqa": (hf_dict("llama"), {"rms_norm_eps": 1e-6}),

@@ -40,7 +40,7 @@ class _State(NamedTuple):
 
 
 class _RunInput(NamedTuple):
-    """What the rows before a run of blocks do to all rows of the run, and those rows of the matrices that say so."""
+    """How the rows before a run of blocks change those of the run, and the rows of matrices from which that is computed."""
 
     start: jax.Array
     l_sk: jax.Array

@@ -1,4 +1,4 @@
-"""What every method with error compensation does: the loop over rows, and what is made better of its codes afterwards."""
+"""What every method with error compensation does: the loop over rows, then re-fitting and refinement of its result."""
 
 import dataclasses
 import functools

@@ -110,7 +110,7 @@ def refit_grid(
     bits: int,
     sym: bool,
 ) -> Grid:
-    """The best grid of one group for codes that are given, everything outside of the group held.
+    """The best grid of one group for fixed codes, with everything outside of the group held.
 
     In terms of the scale the loss is `const - 2 s b + s^2 m`, with `b = a^T (R + H q)`, `m = a^T H a`, `a = code - zero`; all
     that depends on the zero point follows from five products.

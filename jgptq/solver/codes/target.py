@@ -1,4 +1,4 @@
-"""What a linear should output, where what it reads is no longer what the float model's linear reads."""
+"""The target of a linear whose inputs differ from those of the float model's linear."""
 
 from collections.abc import Callable
 

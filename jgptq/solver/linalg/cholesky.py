@@ -75,10 +75,10 @@ def damped_factor(h_kk: Float[jax.Array, "K K"], damping: float, rows_k: Int[jax
     diag_k = diagonal(h_kk)
 
     def attempt(added: jax.Array, _: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-        # Every attempt orders H anew. Without the barrier XLA does so once and keeps the copy beside the factor.
+        # Every attempt permutes H again. Without the barrier XLA permutes once and keeps that copy in memory next to the factor.
         source_kk, source_k, added = jax.lax.optimization_barrier((h_kk, rows_k, added))
         r_kk = upper_factor(permuted(source_kk, source_k), added)
-        finite = jnp.all(jnp.isfinite(diagonal(r_kk)))  # one root that does not exist leaves NaN everywhere
+        finite = jnp.all(jnp.isfinite(diagonal(r_kk)))  # the root of a negative number makes NaN of every entry
         return r_kk.reshape(-1), finite  # flat: a matrix would go through the loop transposed, and be copied back and forth
 
     first = jnp.float32(damping)
@@ -96,7 +96,7 @@ def raised_until_finite(
     """Factors with more and more damping, as a loop inside jit.
 
     Args:
-      attempt: takes what to add to the diagonal, and memory in the form of a factor that did not do; returns a factor and
+      attempt: takes what to add to the diagonal, and memory in the form of a factor that was not finite; returns a factor and
         whether it is finite.
       start: the first attempt; or memory for it, not finite and of damping 0.
       diag_k: the undamped diagonal.

@@ -38,14 +38,14 @@ def make_mesh(*, data: int = 1, model: int = 1, devices: Sequence[jax.Device] | 
     """
     if data < 1 or model < 1:
         raise ConfigError(f"both axes of a mesh must be at least 1, found data={data}, model={model}")
-    found = list(jax.devices() if devices is None else devices)
-    if len(found) < data * model:
-        kind = found[0].device_kind if found else "no"
+    available = list(jax.devices() if devices is None else devices)
+    if len(available) < data * model:
+        kind = available[0].device_kind if available else "no"
         raise ConfigError(
-            f"a mesh of data={data} x model={model} needs {data * model} devices, found {len(found)} ({kind}); make an axis "
+            f"a mesh of data={data} x model={model} needs {data * model} devices, found {len(available)} ({kind}); make an axis "
             "smaller, or force devices on a CPU with XLA_FLAGS=--xla_force_host_platform_device_count=N"
         )
-    grid = np.asarray(found[: data * model], dtype=object).reshape(data, model)
+    grid = np.asarray(available[: data * model], dtype=object).reshape(data, model)
     return Mesh(grid, (DATA, MODEL), axis_types=(AxisType.Auto, AxisType.Auto))
 
 

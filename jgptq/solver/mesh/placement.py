@@ -66,7 +66,7 @@ class OnMesh:
         return StageSums(slabs.accumulate(total.hessian, h), drift)
 
     def means(self, total: StageSums) -> Means:
-        """`2/T` times the sums, in their memory; they are gone."""
+        """`2/T` times the sums, written over them: the sums must not be used afterwards."""
         h = slabs.mean(*total.hessian)
         if total.drift is None:
             return Means(h, None, None)
