@@ -77,15 +77,9 @@ def quantize(
     plans = plan_decoder(params, config)
     for sentence in idle_rules(params, config):
         warnings.warn(sentence, RuleWarning, stacklevel=2)
-    columns = {key: tile_columns(widths) for key, widths in packed_widths(params, config, plans).items()}
-    used = [settings for _, settings in columns]
+    job = _job(params, config, plans, placement)
+    used = [settings for _, settings in job.columns]
     tokens = cut_batches(params, calib, batch_size, need=_need_of_tokens(config, used))
-    job = Job(
-        dtype=params.config.compute_dtype,
-        columns=columns,
-        placement=placement,
-        allow_rtn_fallback=config.allow_rtn_fallback,
-    )
     started = time.monotonic()
     sink = MemorySink() if sink is None else sink
     finished = sink.done()  # before anything is computed: a folder that cannot be written is refused here
@@ -100,6 +94,16 @@ def quantize(
         quantized, tuning = _tuned(quantized, params, tokens, batches, config.tune)
     rows = tuple(row for _, rows in blocks for row in rows)
     return quantized, Report(config=config, rows=rows, seconds=time.monotonic() - started, tuning=tuning)
+
+
+def _job(params: Decoder, config: QuantizeConfig, plans: Sequence[Plan], placement: Placement) -> Job:
+    """What holds for every stage of the run."""
+    return Job(
+        dtype=params.config.compute_dtype,
+        columns={key: tile_columns(widths) for key, widths in packed_widths(params, config, plans).items()},
+        placement=placement,
+        allow_rtn_fallback=config.allow_rtn_fallback,
+    )
 
 
 def _need_of_tokens(config: QuantizeConfig, used: Sequence[SolverConfig]) -> str | None:

@@ -67,38 +67,47 @@ def refine(
     """
     k = target_kn.shape[0]
     block = solver_block(k, group_size)
-    part = min(group_size, block)  # rows on one grid within a block
-
-    def refine_block(index: jax.Array, carry: tuple[Refined, jax.Array]) -> tuple[Refined, jax.Array]:
-        refined, gradient_kn = carry
-        start = (index % (k // block)) * block
-        h_bk = h.rows(start, block)
-        h_bb = jax.lax.dynamic_slice_in_dim(h_bk, start, block, axis=1)
-        codes_bn = jax.lax.dynamic_slice_in_dim(refined.codes_kn, start, block)
-        gradient_bn = jax.lax.dynamic_slice_in_dim(gradient_kn, start, block)
-        group = start // group_size
-        of_block = jax.tree.map(lambda all_gn: jax.lax.dynamic_slice_in_dim(all_gn, group, block // part), refined.grid)
-        before_bn = _points(codes_bn, of_block)
-        codes_bn, gradient_bn = _sweep(codes_bn, gradient_bn, h_bb, of_block, bits, sweeps)
-        if group_size <= block:
-            of_block = _refit_groups(codes_bn, of_block, gradient_bn, h_bb, bits, sym)
-        moved_bn = _points(codes_bn, of_block) - before_bn
-        grid = jax.tree.map(
-            lambda all_gn, new: jax.lax.dynamic_update_slice_in_dim(all_gn, new, group, 0), refined.grid, of_block
-        )
-        refined = Refined(jax.lax.dynamic_update_slice_in_dim(refined.codes_kn, codes_bn, start, 0), grid)
-        gradient_kn = gradient_kn - product(transposed(h_bk), moved_bn)
-        if group_size > block:
-            refined, gradient_kn = jax.lax.cond(
-                (start + block) % group_size == 0,
-                lambda: _refit_wide(refined, gradient_kn, h, group, group_size, bits, sym),
-                lambda: (refined, gradient_kn),
-            )
-        return refined, gradient_kn
-
+    refine_block = functools.partial(_refine_block, h=h, block=block, group_size=group_size, bits=bits, sym=sym, sweeps=sweeps)
     gradient_kn = h.times(target_kn - _points(codes_kn, grid))
     refined, _ = jax.lax.fori_loop(0, rounds * (k // block), refine_block, (Refined(codes_kn, grid), gradient_kn))
     return refined
+
+
+def _refine_block(
+    index: jax.Array,
+    carry: tuple[Refined, jax.Array],
+    *,
+    h: Matrix,
+    block: int,
+    group_size: int,
+    bits: int,
+    sym: bool,
+    sweeps: int,
+) -> tuple[Refined, jax.Array]:
+    """Sweeps over one block and re-fits its groups; returns all codes, grids and the residual gradient."""
+    refined, gradient_kn = carry
+    start = (index % (h.k // block)) * block
+    h_bk = h.rows(start, block)
+    h_bb = jax.lax.dynamic_slice_in_dim(h_bk, start, block, axis=1)
+    codes_bn = jax.lax.dynamic_slice_in_dim(refined.codes_kn, start, block)
+    gradient_bn = jax.lax.dynamic_slice_in_dim(gradient_kn, start, block)
+    group, groups = start // group_size, block // min(group_size, block)
+    of_block = jax.tree.map(lambda all_gn: jax.lax.dynamic_slice_in_dim(all_gn, group, groups), refined.grid)
+    before_bn = _points(codes_bn, of_block)
+    codes_bn, gradient_bn = _sweep(codes_bn, gradient_bn, h_bb, of_block, bits, sweeps)
+    if group_size <= block:
+        of_block = _refit_groups(codes_bn, of_block, gradient_bn, h_bb, bits, sym)
+    moved_bn = _points(codes_bn, of_block) - before_bn
+    grid = jax.tree.map(lambda all_gn, new: jax.lax.dynamic_update_slice_in_dim(all_gn, new, group, 0), refined.grid, of_block)
+    refined = Refined(jax.lax.dynamic_update_slice_in_dim(refined.codes_kn, codes_bn, start, 0), grid)
+    gradient_kn = gradient_kn - product(transposed(h_bk), moved_bn)
+    if group_size > block:
+        refined, gradient_kn = jax.lax.cond(
+            (start + block) % group_size == 0,
+            lambda: _refit_wide(refined, gradient_kn, h, group, group_size, bits, sym),
+            lambda: (refined, gradient_kn),
+        )
+    return refined, gradient_kn
 
 
 def refit_grid(
