@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-import sys
 from pathlib import Path
 
 import jax
@@ -17,11 +16,10 @@ from converters.shards import ShardWriter
 from jgptq.errors import CalibrationError, ConfigError, NumericalError, OutputError
 from jgptq.models import RESIDUAL, Block
 from jgptq.models.packed import PackedTensor
+from jgptq.run import tiles
 from jgptq.solver import solve
 from jgptq.solver.statistics.hessian import accumulate, empty, hessian
 
-DRIVER = sys.modules["jgptq.run.driver"]  # the package exports its function under the same name
-SOLVING = sys.modules["jgptq.run.tiles"]
 SETTINGS = {"bits": 3, "group_size": 32}
 pytestmark = pytest.mark.filterwarnings("ignore:vLLM refuses 3-bit")
 
@@ -127,9 +125,9 @@ def test_bfloat16_activations_cost_little():
 def test_blocks_of_one_shape_share_one_compilation():
     params = tiny.decoder(num_hidden_layers=4, layer_windows=(None,) * 4)
     jgptq.quantize(tiny.decoder(), tiny.tokens(), **SETTINGS)
-    before = SOLVING._solve_tile._cache_size()
+    before = tiles._solve_tile._cache_size()
     jgptq.quantize(params, tiny.tokens(), **SETTINGS)
-    assert SOLVING._solve_tile._cache_size() == before
+    assert tiles._solve_tile._cache_size() == before
 
 
 def test_rtn_needs_no_tokens_and_gptq_does():
@@ -244,10 +242,10 @@ def test_a_resumed_run_writes_what_an_uninterrupted_one_does(tmp_path: Path, che
     journal = tmp_path / "resumed.partial" / "progress.jsonl"
     journal.write_text(journal.read_text() + '{"block": 1, "ro')  # a line that the stop cut short
     again = FolderSink(tmp_path / "resumed", checkpoint, settings, calib)
-    solved = SOLVING._solve_tile._cache_size()
+    solved = tiles._solve_tile._cache_size()
     result = jgptq.quantize(checkpoint, calib, config=settings, sink=again)
     again.finish(*result)
-    assert SOLVING._solve_tile._cache_size() == solved
+    assert tiles._solve_tile._cache_size() == solved
     assert len(result[1].rows) == 14
     names = sorted(path.name for path in (tmp_path / "whole").iterdir())
     assert names == sorted(path.name for path in (tmp_path / "resumed").iterdir())
@@ -284,8 +282,8 @@ def test_a_finished_block_is_not_solved_again(tmp_path: Path, checkpoint, monkey
     calib, settings = tiny.tokens(), jgptq.QuantizeConfig(**SETTINGS)
     with pytest.raises(Stopped):
         jgptq.quantize(checkpoint, calib, config=settings, sink=StoppingSink(tmp_path / "out", checkpoint, settings, calib))
-    real, solved = DRIVER.solve_stage, []
-    monkeypatch.setattr(DRIVER, "solve_stage", lambda *args, **named: solved.append(args) or real(*args, **named))
+    real, solved = tiles.solve_stage, []
+    monkeypatch.setattr("jgptq.run.stage.solve_stage", lambda *args, **named: solved.append(args) or real(*args, **named))
     jgptq.quantize(checkpoint, calib, config=settings, sink=FolderSink(tmp_path / "out", checkpoint, settings, calib))
     assert len(solved) == 4
 
@@ -326,8 +324,8 @@ def test_a_finish_that_fails_loses_no_block(tmp_path: Path, checkpoint, monkeypa
         with pytest.raises(OutputError, match="No space left"):
             sink.finish(*result)
     solved = []
-    real = DRIVER.solve_stage
-    monkeypatch.setattr(DRIVER, "solve_stage", lambda *args, **named: solved.append(args) or real(*args, **named))
+    real = tiles.solve_stage
+    monkeypatch.setattr("jgptq.run.stage.solve_stage", lambda *args, **named: solved.append(args) or real(*args, **named))
     again = FolderSink(tmp_path / "out", checkpoint, settings, calib)
     again.finish(*jgptq.quantize(checkpoint, calib, config=settings, sink=again))
     assert solved == []

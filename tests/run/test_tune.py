@@ -1,7 +1,6 @@
 """Tuning of scales and norms, and the driver under every method, order and search of scales."""
 
 import dataclasses
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +12,9 @@ import jgptq
 from jgptq.errors import ConfigError
 from jgptq.models import Decoder
 from jgptq.models.packed import PackedTensor, unpack
+from jgptq.run import tune
 from jgptq.settings.presets import PRESETS, make_config
 
-TUNE = sys.modules["jgptq.run.tune"]  # a function of the same name may hide it
 pytestmark = pytest.mark.filterwarnings("ignore:vLLM refuses 3-bit")
 SMALL = {"intermediate_size": 64, "num_hidden_layers": 2, "layer_windows": (None, None)}
 STEPS = 16
@@ -58,13 +57,13 @@ def lessons(original: Decoder) -> list:
             residual = _through(block, residual)
         return residual
 
-    return [TUNE.Lesson(tokens, stream(tokens)) for tokens in batches]
+    return [tune.Lesson(tokens, stream(tokens)) for tokens in batches]
 
 
 def shorten(patch: pytest.MonkeyPatch) -> None:
     """Steps of two lessons, sixteen of them at least."""
-    patch.setattr(TUNE, "STEP_TOKENS", 128)
-    patch.setattr(TUNE, "STEPS", STEPS)
+    patch.setattr(tune, "STEP_TOKENS", 128)
+    patch.setattr(tune, "STEPS", STEPS)
 
 
 @pytest.fixture
@@ -76,7 +75,7 @@ def short_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 def tuned(original: Decoder, rounded: Decoder, lessons: list):
     with pytest.MonkeyPatch.context() as patch:
         shorten(patch)
-        return TUNE.tune(rounded, original, lessons, PASSES)
+        return tune.tune(rounded, original, lessons, PASSES)
 
 
 def divergence(model: Decoder, original: Decoder, tokens: np.ndarray) -> float:
@@ -123,7 +122,7 @@ def test_tuning_moves_scales_and_norms_and_nothing_else(rounded, tuned):
 
 def test_tuning_leaves_the_model_that_it_was_given_as_it_was_and_repeats_itself(original, rounded, lessons, tuned, short_steps):
     before = [np.array(leaf) for leaf in jax.tree.leaves(rounded)]
-    again, report = TUNE.tune(rounded, original, lessons, PASSES)
+    again, report = tune.tune(rounded, original, lessons, PASSES)
     assert report == tuned[1]
     tiny.assert_same(again, tuned[0])
     for old, leaf in zip(before, jax.tree.leaves(rounded), strict=True):
@@ -131,8 +130,8 @@ def test_tuning_leaves_the_model_that_it_was_given_as_it_was_and_repeats_itself(
 
 
 def test_a_tuning_that_does_not_help_changes_nothing(original, rounded, lessons, short_steps, monkeypatch):
-    monkeypatch.setattr(TUNE, "LEARNING_RATE", 3.0)
-    model, report = TUNE.tune(rounded, original, lessons, 1 / 6)
+    monkeypatch.setattr(tune, "LEARNING_RATE", 3.0)
+    model, report = tune.tune(rounded, original, lessons, 1 / 6)
     assert not report.kept
     assert not report.after < report.before
     tiny.assert_same(model, rounded)
@@ -146,19 +145,19 @@ def test_the_gradient_block_by_block_is_that_of_the_whole_forward_pass(original,
     def near_one(leaf: jax.Array) -> jax.Array:
         return jnp.asarray(1 + 0.05 * random.normal(size=leaf.shape), jnp.float32)
 
-    blocks = jax.tree.map(near_one, [TUNE._factors_of(block.norms(), block.linears()) for block in model.layers])
+    blocks = jax.tree.map(near_one, [tune._factors_of(block.norms(), block.linears()) for block in model.layers])
     norm = {"norm": near_one(model.norm.scale.get_value())}
 
     def loss(blocks: list, norm: dict, tokens: jax.Array, wanted: jax.Array) -> jax.Array:
         residual = model.embed(tokens)
         for block, factors in zip(model.layers, blocks, strict=True):
-            residual = TUNE._with_factors(block, factors)(residual)
-        return TUNE._distance(model.without_blocks(), norm, residual, teacher, wanted)
+            residual = tune._with_factors(block, factors)(residual)
+        return tune._distance(model.without_blocks(), norm, residual, teacher, wanted)
 
     whole = jax.jit(jax.grad(loss, argnums=(0, 1)))
     parts = [whole(blocks, norm, jnp.asarray(lesson.tokens), lesson.residual) for lesson in lessons[:2]]
     expected = jax.tree.map(jnp.add, *parts)
-    gradient = TUNE._gradient(model, teacher, blocks, norm, lessons[:2])
+    gradient = tune._gradient(model, teacher, blocks, norm, lessons[:2])
     for path, leaf in jax.tree_util.tree_flatten_with_path(expected)[0]:
         other = gradient
         for key in path:
@@ -168,19 +167,19 @@ def test_the_gradient_block_by_block_is_that_of_the_whole_forward_pass(original,
 
 
 def test_every_sixteenth_lesson_is_held_out_and_the_others_are_used_one_after_the_other():
-    lessons = [TUNE.Lesson(np.full((2, 4), index), None) for index in range(33)]
-    held_out, learnt = TUNE._split(lessons)
+    lessons = [tune.Lesson(np.full((2, 4), index), None) for index in range(33)]
+    held_out, learnt = tune._split(lessons)
     assert [int(lesson.tokens[0, 0]) for lesson in held_out] == [0, 16, 32]
     assert len(learnt) == 30
-    at_most = TUNE.STEP_TOKENS // 8
-    schedule = TUNE._schedule(learnt, 2 * TUNE.STEPS * at_most)
-    assert [len(chosen) for chosen in schedule] == [at_most] * 2 * TUNE.STEPS
-    assert [len(chosen) for chosen in TUNE._schedule(learnt, 2 * TUNE.STEPS + 1)] == [2] * TUNE.STEPS
-    assert [len(chosen) for chosen in TUNE._schedule(learnt, 5)] == [1] * 5
+    at_most = tune.STEP_TOKENS // 8
+    schedule = tune._schedule(learnt, 2 * tune.STEPS * at_most)
+    assert [len(chosen) for chosen in schedule] == [at_most] * 2 * tune.STEPS
+    assert [len(chosen) for chosen in tune._schedule(learnt, 2 * tune.STEPS + 1)] == [2] * tune.STEPS
+    assert [len(chosen) for chosen in tune._schedule(learnt, 5)] == [1] * 5
     seen = [int(lesson.tokens[0, 0]) for lesson in schedule[0]]
     assert sorted(seen[:30]) == sorted(int(lesson.tokens[0, 0]) for lesson in learnt)
     assert seen[:30] != seen[30:60]
-    assert TUNE._split(lessons[:1]) == (lessons[:1], lessons[:1])
+    assert tune._split(lessons[:1]) == (lessons[:1], lessons[:1])
 
 
 DRIVEN = [
