@@ -4,16 +4,16 @@
 
 A solve is everything between a Hessian and the codes, with their loss: ordering of rows, factorization, loop. That is what the
 published loop does, and the ratio that the limit is for. The driver also asks what round-to-nearest would have lost, one more
-product with H: both are timed with it too, torch with the undamped loss of its codes beside it. 4 bit, symmetric, group 128,
+product with H: both are timed with it too, torch with the undamped loss of its codes. 4 bit, symmetric, group 128,
 min-max grids, rows in the same order, float32; weights are new in every round. Both use all cores, in one process, in turn;
 quoted are the median and every round. Codes and losses are compared as well, so that the speed is that of the same answer.
 
 Measure on a machine that does nothing else. Torch's threads wait for each other by spinning, so that one busy neighbour can make
-its loop ten times as slow, and the ratio worthless: seconds of all cores stand beside the seconds of the clock, and the load of
-the last minute in the result; above 0.5 the script says so.
+its loop ten times as slow, and the ratio worthless: the result has seconds of all cores, seconds of the clock, and the load of
+the last minute; above 0.5 the script says so.
 
 - `square`, K = N = 4096, and `wide`, K = 14336: at least 3 and 1.8 times as fast as the loop in torch. The parts of our solve
-  stand beside their floors: multiplications at the speed of a 4096^3 float32 `jnp.matmul` of the same run, and bytes at that of
+  are compared with their floors: multiplications at the speed of a 4096^3 float32 `jnp.matmul` of the same run, and bytes at that of
   a copy.
 - `compile`: tracing and compiling with empty caches, at most 10 s a shape; a second matrix of a shape compiles nothing.
 """
@@ -22,9 +22,8 @@ import argparse
 import dataclasses
 import os
 import statistics
-import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,79 +31,16 @@ import numpy as np
 import peer_torch_loop
 import torch
 from common import circumstances, write_result
+from solver_compiles import COMPILE_LIMIT, COMPILE_SHAPES, Compilations, compile_times
+from solver_problem import BITS, GROUP, Problem, plain_config, random_hessian, random_weights, solve_tiles, timed
 
-from jgptq.run.tiles import tile_columns
 from jgptq.settings.run import QuantizeConfig
-from jgptq.solver import Prepared, Solution, judge_columns, output_loss, prepare, solve_columns
+from jgptq.solver import judge_columns, output_loss, prepare
 from jgptq.solver.codes.compensate import solver_block
 from pallas_kernels.gptq_block.reference import STEP
 
-BITS, GROUP = 4, 128
 LIMITS = {"square": 3.0, "wide": 1.8}
-COMPILE_LIMIT = 10.0
-COMPILED = "/jax/core/compile/backend_compile_duration"
-COMPILE_SHAPES = {(256, 256): 128, (2080, 2080): 32, (4096, 4096): 128, (14336, 4096): 128}  # (K, N): group size
-SECOND_SOLVED = 4096  # the largest K whose second matrix is solved for the count of compilations; `square`, `wide` count theirs
 BUSY = 0.5  # load of the last minute from which on a warning is printed
-
-
-class Problem(NamedTuple):
-    """A Hessian with uneven, correlated features, and weights of a round."""
-
-    h_kk: np.ndarray
-    w_kn: np.ndarray
-
-
-class Timed(NamedTuple):
-    """A result, the seconds that it took, and the seconds of all cores together."""
-
-    value: Any
-    seconds: float
-    cpu_seconds: float
-
-
-def plain_config(group: int = GROUP) -> QuantizeConfig:
-    """The published problem."""
-    return QuantizeConfig(bits=BITS, group_size=group, sym=True, scale="minmax", target_shift=0.0, residual_shift=0.0)
-
-
-def random_hessian(k: int) -> np.ndarray:
-    """`D (A A^T / r + 0.1 I) D`: a few strong common directions, and diagonals that differ by orders of magnitude."""
-    random = np.random.default_rng(k)
-    directions_kr = random.standard_normal((k, max(32, k // 16)), np.float32)
-    h_kk = directions_kr @ directions_kr.T / directions_kr.shape[1]
-    h_kk[np.arange(k), np.arange(k)] += 0.1
-    spread_k = np.exp(0.5 * random.standard_normal(k, np.float32))
-    h_kk *= spread_k[:, None]
-    h_kk *= spread_k[None, :]
-    return h_kk
-
-
-def random_weights(k: int, n: int, seed: int) -> np.ndarray:
-    """Weights `[K, N]` of the size that a trained linear has."""
-    return np.random.default_rng(seed).standard_normal((k, n), np.float32) / np.float32(np.sqrt(k))
-
-
-def timed(run: Callable[[], Any]) -> Timed:
-    """Runs once, to the end of its computation."""
-    used, started = time.process_time(), time.perf_counter()
-    value = jax.block_until_ready(run())
-    return Timed(value, time.perf_counter() - started, time.process_time() - used)
-
-
-class Compilations:
-    """Counts compilations of this process while it is entered."""
-
-    def __enter__(self) -> "Compilations":
-        self.count = 0
-        jax.monitoring.register_event_duration_secs_listener(self._saw)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        jax.monitoring.unregister_event_duration_listener(self._saw)
-
-    def _saw(self, event: str, _: float, **__: Any) -> None:
-        self.count += event == COMPILED
 
 
 def speeds() -> dict[str, float]:
@@ -143,15 +79,6 @@ def floors(k: int, n: int, speed: dict[str, float]) -> dict[str, dict[str, float
     return parts
 
 
-def solve_tiles(
-    w_kn: jax.Array, prepared: Prepared, config: QuantizeConfig, solve: Callable[..., Solution] = solve_columns
-) -> list[Solution]:
-    """All columns on one Hessian, in tiles as the whole job cuts them."""
-    n = w_kn.shape[1]
-    columns = tile_columns((n,))
-    return [solve(w_kn[:, start : start + columns], prepared, config) for start in range(0, n, columns)]
-
-
 def jgptq_round(problem: Problem, config: QuantizeConfig) -> dict[str, Any]:
     """One solve of ours, its two programs timed apart; and the second with round-to-nearest's loss."""
     h_kk, w_kn = jax.block_until_ready((jnp.asarray(problem.h_kk), jnp.asarray(problem.w_kn)))
@@ -173,7 +100,7 @@ def jgptq_round(problem: Problem, config: QuantizeConfig) -> dict[str, Any]:
 
 
 def torch_round(problem: Problem) -> dict[str, Any]:
-    """One run of the published loop, and of the losses beside it."""
+    """One run of the published loop, and of the losses after it."""
     h_kk, w_nk = torch.from_numpy(problem.h_kk), torch.from_numpy(problem.w_kn).T.contiguous()
     solved = timed(lambda: peer_torch_loop.fasterquant(w_nk, h_kk, bits=BITS, group_size=GROUP))
     both = timed(lambda: peer_torch_loop.losses(w_nk, h_kk, solved.value, bits=BITS))
@@ -254,42 +181,6 @@ def _parts(problem: Problem, config: QuantizeConfig, entries: list[dict[str, Any
 def _median_seconds(run: Callable[[], Any], times: int) -> float:
     jax.block_until_ready(run())
     return statistics.median(timed(run).seconds for _ in range(times))
-
-
-def compile_times(shapes: dict[tuple[int, int], int]) -> list[dict[str, Any]]:
-    """Tracing and compiling of both programs for each shape, with empty caches; then two matrices, of which one may compile."""
-    found = []
-    for (k, n), group in shapes.items():
-        config = plain_config(group)
-        columns = tile_columns((n,))
-        jax.clear_caches()
-        h_kk, w_kn = jax.ShapeDtypeStruct((k, k), jnp.float32), jax.ShapeDtypeStruct((k, columns), jnp.float32)
-        first = timed(lambda h=h_kk, c=config: jax.jit(prepare, static_argnums=1).lower(h, c).compile())
-        prepared = jax.eval_shape(lambda h, c=config: prepare(h, c), h_kk)
-        solve = jax.jit(solve_columns, static_argnums=2)
-        second = timed(lambda w=w_kn, p=prepared, c=config, s=solve: s.lower(w, p, c).compile())
-        entry = {"k": k, "n": n, "group_size": group, "prepare": first.seconds, "solve_columns": second.seconds}
-        entry["seconds"] = first.seconds + second.seconds
-        if k <= SECOND_SOLVED:
-            entry |= _compilations_of_two(k, n, config)
-        print("compile", {name: round(value, 2) for name, value in entry.items()}, flush=True)
-        found.append(entry)
-    return found
-
-
-def _compilations_of_two(k: int, n: int, config: QuantizeConfig) -> dict[str, int]:
-    """Compilations that the first and the second matrix of a shape need, Hessian and weights being new."""
-    jax.clear_caches()
-    counts = []
-    for seed in (1, 2):
-        problem = Problem(random_hessian(k) * np.float32(seed), random_weights(k, n, seed))
-        with Compilations() as seen:
-            h_kk, w_kn = jnp.asarray(problem.h_kk), jnp.asarray(problem.w_kn)
-            jax.block_until_ready(solve_tiles(w_kn, prepare(h_kk, config), config))
-        counts.append(seen.count)
-    assert counts[0] > 0, "compilations are not counted: this version of JAX names the event otherwise"
-    assert counts[1] == 0, f"a second matrix compiled {counts[1]} programs"
-    return {"compiled_by_first": counts[0], "compiled_by_second": counts[1]}
 
 
 def _show_round(k: int, n: int, number: int, entry: dict[str, Any]) -> None:
