@@ -13,8 +13,8 @@ its loop ten times as slow, and the ratio worthless: the result has seconds of a
 the last minute; above 0.5 the script says so.
 
 - `square`, K = N = 4096, and `wide`, K = 14336: at least 3 and 1.8 times as fast as the loop in torch. The parts of our solve
-  are compared with their floors: multiplications at the speed of a 4096^3 float32 `jnp.matmul` of the same run, and bytes at that of
-  a copy.
+  are compared with their floors: multiplications at the speed of a 4096^3 float32 `jnp.matmul` of the same run, and bytes at that
+  of a copy.
 - `compile`: tracing and compiling with empty caches, at most 10 s a shape; a second matrix of a shape compiles nothing.
 """
 
@@ -115,7 +115,7 @@ def torch_round(problem: Problem) -> dict[str, Any]:
 
 
 def compare(k: int, n: int, rounds: int, speed: dict[str, float]) -> dict[str, Any]:
-    """Rounds of ours and of torch in turn, on new weights each, and the parts of our solve beside their floors."""
+    """Rounds of ours and of torch in turn, on new weights each, and the parts of our solve with their floors."""
     config, h_kk = plain_config(), random_hessian(k)
     warm = Problem(h_kk, random_weights(k, n, 0))
     jgptq_round(warm, config)
@@ -127,7 +127,7 @@ def compare(k: int, n: int, rounds: int, speed: dict[str, float]) -> dict[str, A
             ours = jgptq_round(problem, config)
         compiled += seen.count
         theirs = torch_round(problem)
-        loss_of = [_loss(problem, found.pop("values_kn")) for found in (ours, theirs)]
+        loss_of = [_loss(problem, side.pop("values_kn")) for side in (ours, theirs)]
         entries.append(
             {
                 "times_as_fast": theirs["seconds"] / ours["seconds"],
