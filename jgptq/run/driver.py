@@ -21,7 +21,7 @@ from jgptq.models.packed import PackedTensor
 from jgptq.notation import Array, Int
 from jgptq.run.ahead import Program, compiled_ahead, unit_programs
 from jgptq.run.batches import Batch, Observation, advance, cut_batches, embed, observe
-from jgptq.run.plan import Plan, StagePlan, idle_rules, packed_widths, plan_decoder, unit_prefix, units
+from jgptq.run.plan import RunPlan, StagePlan, plan_run, unit_prefix
 from jgptq.run.progress import Progress
 from jgptq.run.report import LinearReport, Report, ReportRows, TuningReport
 from jgptq.run.sink import MemorySink, Sink
@@ -29,7 +29,6 @@ from jgptq.run.stage import Job, kept_row, solve_linears
 from jgptq.run.tiles import tile_columns
 from jgptq.settings.presets import make_config
 from jgptq.settings.run import QuantizeConfig
-from jgptq.settings.solver import SolverConfig
 from jgptq.solver import ONE_DEVICE, Outcome, Placement
 
 
@@ -74,49 +73,28 @@ def quantize(
     if config is not None and settings:
         raise ConfigError(f"give config, or the settings {', '.join(settings)}, and not both")
     config = make_config(settings) if config is None else config
-    plans = plan_decoder(params, config)
-    for sentence in idle_rules(params, config):
+    run = plan_run(params, config)
+    for sentence in run.idle_rules:
         warnings.warn(sentence, RuleWarning, stacklevel=2)
-    job = _job(params, config, plans, placement)
-    used = [settings for _, settings in job.columns]
-    tokens = cut_batches(params, calib, batch_size, need=_need_of_tokens(config, used))
+    tokens = cut_batches(params, calib, batch_size, need=run.needs_tokens)
+    columns = {key: tile_columns(widths) for key, widths in run.widths.items()}
+    job = Job(params.config.compute_dtype, columns, placement, config.allow_rtn_fallback)
     started = time.monotonic()
     sink = MemorySink() if sink is None else sink
     finished = sink.done()  # before anything is computed: a folder that cannot be written is refused here
     for name, module in (params.before() | params.after()).items():
         _check_finite(name, to_device(module))
-    follows = config.tune > 0 or any(settings.asymmetric for settings in used)
-    batches = embed(params, tokens, reference=follows)
-    _quantize_units(units(params, config), plans, finished, batches, sink, job, skip_last=not config.tune, progress=progress)
-    blocks = [sink.done()[index] for index in range(len(plans))]
-    quantized, tuning = _assemble(params, [block for block, _ in blocks], config), None
-    if config.tune:
-        quantized, tuning = _tuned(quantized, params, tokens, batches, config.tune)
+    batches = embed(params, tokens, reference=run.follows)
+    _quantize_units(run, finished, batches, sink, job, skip_last=not config.tune, progress=progress)
+    blocks = [sink.done()[index] for index in range(len(run.units))]
+    quantized = _assemble(params, [block for block, _ in blocks], config)
+    quantized, tuning = _tuned(quantized, params, tokens, batches, config.tune) if config.tune else (quantized, None)
     rows = tuple(row for _, rows in blocks for row in rows)
     return quantized, Report(config=config, rows=rows, seconds=time.monotonic() - started, tuning=tuning)
 
 
-def _job(params: Decoder, config: QuantizeConfig, plans: Sequence[Plan], placement: Placement) -> Job:
-    """What holds for every stage of the run."""
-    return Job(
-        dtype=params.config.compute_dtype,
-        columns={key: tile_columns(widths) for key, widths in packed_widths(params, config, plans).items()},
-        placement=placement,
-        allow_rtn_fallback=config.allow_rtn_fallback,
-    )
-
-
-def _need_of_tokens(config: QuantizeConfig, used: Sequence[SolverConfig]) -> str | None:
-    """What needs calibration tokens, as a phrase; None where nothing does."""
-    if config.tune > 0:
-        return f"tuning (tune={config.tune})"
-    needing = next((settings for settings in used if settings.reads_hessian), None)
-    return None if needing is None else f"method {needing.method!r} with scale {needing.grid_search!r}"
-
-
 def _quantize_units(
-    parts: Sequence[Unit],
-    plans: Sequence[Plan],
+    run: RunPlan,
     finished: Mapping[int, tuple[Unit, ReportRows]],
     batches: list[Batch],
     sink: Sink,
@@ -127,10 +105,10 @@ def _quantize_units(
 ) -> None:
     """Quantizes the units that are not finished, each on what those before it give; nothing is moved through the last one where
     nobody reads what leaves it."""
-    ahead = compiled_ahead(_programs_ahead(parts, plans, finished, batches, job))
-    with Progress(sum(len(plan) for plan in plans), progress) as bar, ahead:
-        for index, (unit, plan) in enumerate(zip(parts, plans, strict=True)):
-            last = index == len(plans) - 1 and (skip_last or isinstance(unit, Head))
+    ahead = compiled_ahead(_programs_ahead(run, finished, batches, job))
+    with Progress(sum(len(plan) for plan in run.plans), progress) as bar, ahead:
+        for index, (unit, plan) in enumerate(zip(run.units, run.plans, strict=True)):
+            last = index == len(run.plans) - 1 and (skip_last or isinstance(unit, Head))
             if index not in finished:
                 sink.write(index, *_quantize_unit(index, unit, plan, batches, last, job, bar))
                 continue
@@ -149,16 +127,14 @@ def _tuned(
     return tune(quantized, params, [Lesson(*pair) for pair in zip(tokens, streams, strict=True)], passes)
 
 
-def _programs_ahead(
-    parts: Sequence[Unit], plans: Sequence[Plan], finished: Mapping[int, Any], batches: Sequence[Batch], job: Job
-) -> list[Program]:
+def _programs_ahead(run: RunPlan, finished: Mapping[int, Any], batches: Sequence[Batch], job: Job) -> list[Program]:
     """What the blocks that are not finished will compile. Only on one device: on a mesh, programs also depend on shardings."""
-    first = next((index for index in range(len(plans)) if index not in finished), None)
+    first = next((index for index in range(len(run.units)) if index not in finished), None)
     if first is None or not batches or job.placement is not ONE_DEVICE:
         return []
-    plan = plans[first]
+    plan = run.plans[first]
     wanted = [_observation(plan, number, batches, job) for number in range(len(plan))]
-    return unit_programs(parts[first], plan, wanted, batches[0], job)
+    return unit_programs(run.units[first], plan, wanted, batches[0], job)
 
 
 def _quantize_unit(

@@ -23,6 +23,44 @@ class StagePlan:
 Plan = tuple[StagePlan, ...]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunPlan:
+    """A run, decided from shapes and settings before anything is read."""
+
+    units: tuple[Unit, ...]  # what is quantized one after the other
+    plans: tuple[Plan, ...]  # the plan of each
+    widths: Mapping[tuple[int, SolverConfig], Sequence[int]]  # K, settings -> out-features of every stage that is packed so
+    needs_tokens: str | None  # what needs calibration tokens, as a phrase; None where nothing does
+    follows: bool  # whether the float model runs next to the quantized one
+    idle_rules: tuple[str, ...]  # a sentence on each rule that has no effect
+
+
+def plan_run(params: Decoder, config: QuantizeConfig) -> RunPlan:
+    """Plans a run.
+
+    Args:
+      params: the decoder; only shapes of its leaves are looked at.
+      config: the run's settings.
+
+    Raises:
+      ConfigError: linears that one solve serves or that readers fuse get different settings, a linear that would be packed has
+        a K that its group size does not divide, no linear can be packed, or the head is asked for and is tied to the embedding.
+    """
+    parts = units(params, config)
+    plans = [_plan_unit(unit, unit_prefix(unit, index), config) for index, unit in enumerate(parts)]
+    _check_sizes(parts, plans)
+    widths = _packed_widths(parts, plans)
+    used = [settings for _, settings in widths]
+    return RunPlan(
+        units=tuple(parts),
+        plans=tuple(plans),
+        widths=widths,
+        needs_tokens=_need_of_tokens(config.tune, used),
+        follows=config.tune > 0 or any(settings.asymmetric for settings in used),
+        idle_rules=tuple(_idle_rules(parts, config)),
+    )
+
+
 def units(params: Decoder, config: QuantizeConfig) -> list[Unit]:
     """What a run quantizes one after the other: the blocks, and the head where it is asked for.
 
@@ -44,22 +82,8 @@ def unit_prefix(unit: Unit, index: int) -> str:
     return "" if isinstance(unit, Head) else f"layers.{index}."
 
 
-def plan_decoder(params: Decoder, config: QuantizeConfig) -> list[Plan]:
-    """The plan of every block, and of the head where it is asked for.
-
-    Args:
-      params: the decoder; only shapes of its leaves are looked at.
-      config: the run's settings.
-
-    Returns:
-      A plan for each of `units`.
-
-    Raises:
-      ConfigError: linears that are fused when served get different settings, a linear that would be packed has a K that its group
-        size does not divide, no linear can be packed, or the head is asked for and is tied to the embedding.
-    """
-    parts = units(params, config)
-    plans = [_plan_unit(unit, unit_prefix(unit, index), config) for index, unit in enumerate(parts)]
+def _check_sizes(parts: Sequence[Unit], plans: Sequence[Plan]) -> None:
+    """Refuses a plan that packs nothing, or a linear whose group size does not divide its K."""
     if not any(decision.kept_float is None for plan in plans for decision in plan):
         raise ConfigError(f"no linear can be packed: {plans[0][0].kept_float if plans else 'the decoder has no blocks'}")
     sizes: dict[int, dict[int, str]] = {}
@@ -73,40 +97,47 @@ def plan_decoder(params: Decoder, config: QuantizeConfig) -> list[Plan]:
             problems.append(f"group_size {group_size} does not divide K: {'; '.join(unfit)}. Sizes that fit {which}: {fitting}")
     if problems:
         raise ConfigError("; ".join(problems))
-    return plans
 
 
 def settings_by_path(params: Decoder, config: QuantizeConfig) -> dict[str, SolverConfig | None]:
     """The settings of every linear that a run goes through, by its path in the decoder; None where it stays float.
 
     Raises:
-      ConfigError: as `plan_decoder`.
+      ConfigError: as `plan_run`.
     """
     settings: dict[str, SolverConfig | None] = {}
-    for index, (unit, plan) in enumerate(zip(units(params, config), plan_decoder(params, config), strict=True)):
+    run = plan_run(params, config)
+    for index, (unit, plan) in enumerate(zip(run.units, run.plans, strict=True)):
         for decision in plan:
             used = decision.config if decision.kept_float is None else None
             settings |= {unit_prefix(unit, index) + name: used for name in decision.names}
     return settings
 
 
-def idle_rules(params: Decoder, config: QuantizeConfig) -> list[str]:
+def _idle_rules(parts: Sequence[Unit], config: QuantizeConfig) -> list[str]:
     """A sentence on each rule that has no effect on the model."""
-    parts = enumerate(units(params, config))
     return without_effect(
         config,
         [
             checkpoint_name(unit_prefix(unit, index) + path, unit.config.model_type)
-            for index, unit in parts
+            for index, unit in enumerate(parts)
             for path in unit.linears()
         ],
     )
 
 
-def packed_widths(params: Decoder, config: QuantizeConfig, plans: Sequence[Plan]) -> dict[tuple[int, SolverConfig], list[int]]:
+def _need_of_tokens(tune: float, used: Sequence[SolverConfig]) -> str | None:
+    """What needs calibration tokens, as a phrase; None where nothing does."""
+    if tune > 0:
+        return f"tuning (tune={tune})"
+    needing = next((settings for settings in used if settings.reads_hessian), None)
+    return None if needing is None else f"method {needing.method!r} with scale {needing.grid_search!r}"
+
+
+def _packed_widths(parts: Sequence[Unit], plans: Sequence[Plan]) -> dict[tuple[int, SolverConfig], list[int]]:
     """The out-features of every stage that is packed, all its linears together, by the in-features that it reads and settings."""
     widths: dict[tuple[int, SolverConfig], list[int]] = {}
-    for _, linears, decision in _packed_stages(units(params, config), plans):
+    for _, linears, decision in _packed_stages(parts, plans):
         total = sum(linear.kernel.get_value().shape[1] for linear in linears)
         widths.setdefault((_features(linears), decision.config), []).append(total)
     return widths

@@ -18,7 +18,7 @@ from jgptq.solver import Outcome, Placement
 from jgptq.solver.statistics.drift import StageSums
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class Job:
     """What holds for every stage of a run."""
 
