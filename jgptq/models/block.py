@@ -107,6 +107,7 @@ class Block(Unit):
         parallel  r + attention(norm(r)) + mlp(norm(r)), one norm for both
         post      norm(r + f(r))
         output    r + norm(f(r))
+        sandwich  r + out_norm(f(norm(r)))
 
     Args:
       config: the decoder's switches.
@@ -115,9 +116,12 @@ class Block(Unit):
     """
 
     def __init__(self, config: ModelConfig, window: int | None, *, rngs: nnx.Rngs):
+        form = config.block_form
         self.attn_norm = make_norm(config)
+        self.attn_out_norm = make_norm(config) if form == "sandwich" else None
         self.self_attn = Attention(config, window, rngs=rngs)
-        self.mlp_norm = None if config.block_form == "parallel" else make_norm(config)
+        self.mlp_norm = None if form == "parallel" else make_norm(config)
+        self.mlp_out_norm = make_norm(config) if form == "sandwich" else None
         self.mlp = MLP(config, rngs=rngs)
         self.config = config
 

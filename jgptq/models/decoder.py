@@ -10,7 +10,7 @@ from flax import nnx
 from jgptq.errors import CalibrationError
 from jgptq.models.architecture.config import LearnedPositions, ModelConfig
 from jgptq.models.block import Block, Head
-from jgptq.models.layers import Embedding, Linear, Norm, make_norm
+from jgptq.models.layers import Embedding, Linear, Norm, make_norm, softcapped
 from jgptq.models.memory import copy_module
 from jgptq.notation import Float, Int
 from jgptq.settings.run import QuantizeConfig
@@ -83,9 +83,8 @@ class Decoder(nnx.Module):
         h = residual if self.norm is None else self.norm(residual)
         if self.project_out is not None:
             h = self.project_out(h)
-        if self.lm_head is None:
-            return self.embed_tokens.attend(h)
-        return self.lm_head(h).astype(jnp.float32)
+        logits = self.embed_tokens.attend(h) if self.lm_head is None else self.lm_head(h).astype(jnp.float32)
+        return softcapped(logits, self.config.final_logit_softcapping)
 
     def head(self) -> Head | None:
         """What follows the last block, as a unit; None where the output projection is tied to the embedding."""

@@ -122,6 +122,11 @@ def _along_last(param: nnx.Param, dtype: jnp.dtype, ndim: int, offset: float = 0
     return (vector + jnp.asarray(offset, dtype) if offset else vector).reshape((1,) * (ndim - 1) + vector.shape)
 
 
+def softcapped(x: Float[jax.Array, "*batch"], cap: float | None) -> Float[jax.Array, "*batch"]:
+    """`cap tanh(x / cap)`, between -cap and cap (arXiv 2408.00118, section 2); x where there is no cap."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
 class Embedding(nnx.Module):
     """A table `[V, D]` of token vectors.
 

@@ -82,14 +82,14 @@ def block_stages(config: ModelConfig) -> tuple[Stage, ...]:
     close_attention = Stage(
         linears=("self_attn.o_proj",),
         reads="attended",
-        steps=(_joins("self_attn.o_proj", "attn_norm", form),),
+        steps=(_joins("self_attn.o_proj", "attn", form),),
         # A head mixes each feature of its values by itself, so that their scales are those of its output.
         absorber="self_attn.v_proj" if config.num_key_value_heads == config.num_attention_heads else None,
     )
     close_mlp = Stage(
         linears=("mlp.down_proj",),
         reads="hidden",
-        steps=(_joins("mlp.down_proj", "mlp_norm", form),),
+        steps=(_joins("mlp.down_proj", "mlp", form),),
         # The up projection is a factor of what is read; without a gate the activation has to be positively homogeneous.
         absorber="mlp.up_proj" if config.gated_mlp or config.hidden_act == "relu" else None,
     )
@@ -105,7 +105,7 @@ def _opens(
     linears: tuple[str, ...], norm: str, steps: tuple[Step, ...], fusions: tuple[Fusion, ...], config: ModelConfig
 ) -> Stage:
     """A stage that reads the residual stream, through a norm where the block's form has one there."""
-    normed = config.block_form in ("pre", "parallel")
+    normed = config.block_form in ("pre", "parallel", "sandwich")
     return Stage(
         linears=linears,
         reads=RESIDUAL,
@@ -116,11 +116,12 @@ def _opens(
     )
 
 
-def _joins(linear: str, norm: str, form: str) -> Step:
-    """How a sublayer's output joins the residual stream."""
-    if form == "output":
+def _joins(linear: str, sublayer: str, form: str) -> Step:
+    """How the output of a sublayer, "attn" or "mlp", joins the residual stream."""
+    if form in ("output", "sandwich"):
+        norm = f"{sublayer}_norm" if form == "output" else f"{sublayer}_out_norm"
         return Step(name="add_normed", of=(linear,), to=RESIDUAL, norm=norm)
-    return Step(name="add", of=(linear,), to=RESIDUAL, norm=norm if form == "post" else None)
+    return Step(name="add", of=(linear,), to=RESIDUAL, norm=f"{sublayer}_norm" if form == "post" else None)
 
 
 @functools.cache

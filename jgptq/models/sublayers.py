@@ -6,7 +6,7 @@ import jax
 from flax import nnx
 
 from jgptq.models.architecture.config import AlibiPositions, ModelConfig
-from jgptq.models.attention import alibi_slopes, causal_attention
+from jgptq.models.attention import Scores, alibi_slopes, causal_attention
 from jgptq.models.layers import Linear, RMSNorm
 from jgptq.models.rotary import RopeConfig, rotary_tables, rotate
 from jgptq.notation import Float
@@ -47,7 +47,9 @@ class Attention(nnx.Module):
             cos, sin = rotary_tables(config.positions, config.head_dim, length)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         slopes = alibi_slopes(config.num_attention_heads) if isinstance(config.positions, AlibiPositions) else None
-        mixed = causal_attention(q, k, v, self.window, slopes)
+        scale = (config.query_pre_attn_scalar or config.head_dim) ** -0.5
+        scores = Scores(scale=scale, softcap=config.attn_logit_softcapping, window=self.window)
+        mixed = causal_attention(q, k, v, scores, slopes)
         return mixed.reshape(batch, length, -1)
 
 

@@ -20,6 +20,7 @@ from converters.names import LEAVES, leaves
 from jgptq.errors import ArchitectureError, CalibrationError, ConfigError
 from jgptq.models import FAMILIES, RESIDUAL, AlibiPositions, Block, Decoder, Head, Linear, checkpoint_name, config_from_hf
 from jgptq.models.attention import alibi_slopes
+from jgptq.models.layers import LayerNorm, RMSNorm
 from jgptq.models.memory import copy_module
 from jgptq.run.batches import embed
 
@@ -80,7 +81,9 @@ def rescaled(unit: Block | Head, stage, scale: np.ndarray) -> None:
         linear.kernel.set_value(linear.kernel.get_value() * scale[:, None])
 
 
-@pytest.mark.parametrize("row", ["llama", "llama_gqa", "opt", "opt_untied", "stablelm_parallel", "gemma", "olmo2", "qwen3"])
+@pytest.mark.parametrize(
+    "row", ["llama", "llama_gqa", "opt", "opt_untied", "stablelm_parallel", "gemma", "gemma2", "olmo2", "qwen3"]
+)
 def test_a_scale_of_a_stages_inputs_that_its_absorber_takes_leaves_the_logits(row):
     decoder, random = copy_module(decoder_of(row)), np.random.default_rng(0)
     absorbers = set()
@@ -105,6 +108,7 @@ def test_a_scale_of_a_stages_inputs_that_its_absorber_takes_leaves_the_logits(ro
         ("opt_post_norm_projected", [None, "self_attn.v_proj", None, "mlp.up_proj"]),
         ("stablelm_parallel", ["attn_norm", None, "mlp.up_proj"]),
         ("olmo2", [None, None, None, "mlp.up_proj"]),
+        ("gemma2", ["attn_norm", None, "mlp_norm", "mlp.up_proj"]),
     ],
 )
 def test_stages_say_what_can_absorb_a_scale(row, expected):
@@ -119,7 +123,7 @@ def test_an_activation_that_is_not_homogeneous_cannot_pass_a_scale_on():
 
 @pytest.mark.parametrize(
     ("row", "added"),
-    [("llama", [1, 3]), ("opt_post_norm_projected", [1, 3]), ("stablelm_parallel", [1, 2]), ("olmo2", [])],
+    [("llama", [1, 3]), ("opt_post_norm_projected", [1, 3]), ("stablelm_parallel", [1, 2]), ("olmo2", []), ("gemma2", [])],
 )
 def test_a_stage_that_adds_changes_the_stream_by_its_output_and_no_other_does(row, added):
     """`adds` is what the shift of targets builds on: before a norm of the stream, the output is added as it is."""
@@ -136,6 +140,14 @@ def test_a_stage_that_adds_changes_the_stream_by_its_output_and_no_other_does(ro
             if np.array_equal(carry[RESIDUAL], expected):
                 adding.append(number)
     assert adding == added == [number for number, stage in enumerate(block.stages()) if stage.adds]
+
+
+@pytest.mark.parametrize("row", ["llama", "opt_post_norm_projected", "stablelm_parallel", "gemma2", "olmo2", "qwen3"])
+def test_stages_name_every_norm_of_a_block_but_those_of_queries_and_keys(row):
+    """By these names norms are tuned, and written again after that."""
+    block = decoder_of(row).layers[0]
+    every = {".".join(path) for path, module in nnx.iter_modules(block) if isinstance(module, RMSNorm | LayerNorm)}
+    assert block.norms().keys() == every - {"self_attn.q_norm", "self_attn.k_norm"}
 
 
 def test_linears_that_share_a_hessian_and_those_that_readers_fuse_are_two_facts():
@@ -158,7 +170,7 @@ def test_rules_that_part_linears_of_a_stage_are_refused_with_the_reason_that_hol
         assert ("readers fuse them into one matrix" in str(caught.value)) == fused
 
 
-@pytest.mark.parametrize("row", ["opt", "opt_post_norm_projected", "gemma", "llama"])
+@pytest.mark.parametrize("row", ["opt", "opt_post_norm_projected", "gemma", "gemma2", "llama"])
 def test_calibration_begins_where_the_model_begins(row):
     decoder = decoder_of(row)
     batch, *others = embed(decoder, [TOKENS], reference=True)

@@ -22,7 +22,7 @@ from jgptq.models.rotary import rotary_tables
 def torch_windows(config: transformers.PretrainedConfig) -> tuple[int | None, ...]:
     """The window of each block, as transformers' models read their config."""
     window, blocks = getattr(config, "sliding_window", None), config.num_hidden_layers
-    types = config.layer_types if config.model_type.startswith("qwen") else ["sliding_attention"] * blocks
+    types = config.layer_types if config.model_type.startswith(("qwen", "gemma2")) else ["sliding_attention"] * blocks
     return tuple(window if kind == "sliding_attention" else None for kind in types)
 
 
@@ -126,6 +126,9 @@ SWITCHES = {
     "norm_eps": st.sampled_from([1e-6, 1e-5]),
     "norm_affine": st.booleans(),
     "final_norm": st.booleans(),
+    "query_pre_attn_scalar": st.sampled_from([16, 144]),
+    "attn_logit_softcapping": st.sampled_from([None, 50.0]),
+    "final_logit_softcapping": st.sampled_from([None, 30.0]),
     "embedding_width": st.sampled_from([None, 48]),
 }
 
@@ -141,9 +144,8 @@ def configs(draw) -> ModelConfig:
     window = st.sampled_from([None, 7])
     windows = st.just([None] * blocks)
     if family.window is not None:
-        windows = (
-            st.lists(window, min_size=blocks, max_size=blocks) if family.window.opt_in else window.map(lambda w: [w] * blocks)
-        )
+        same = family.window.blocks == "all"
+        windows = window.map(lambda w: [w] * blocks) if same else st.lists(window, min_size=blocks, max_size=blocks)
     switches = {switch: draw(values) for switch, values in SWITCHES.items() if switch in family.keys}
     biases = [switch for switch in ("qkv_bias", "o_bias", "mlp_bias") if switch in family.keys]
     by_key = {family.keys[switch].name: draw(st.booleans()) for switch in biases}

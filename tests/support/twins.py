@@ -46,6 +46,8 @@ LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "origi
 ROPE_TYPES = ["default", "linear", "dynamic", "yarn", "longrope", "llama3"]
 SLIDING = {"use_sliding_window": True, "sliding_window": 5}
 ALTERNATING = {"layer_types": ["sliding_attention", "full_attention"]}
+SLIDES = ["sliding_attention", "sliding_attention"]
+GEMMA2 = {"head_dim": 32, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.0}
 
 # name: (config.json, keys whose change must change the logits: otherwise the row proves nothing)
 ROWS: dict[str, tuple[dict, dict | None]] = {
@@ -101,6 +103,22 @@ ROWS: dict[str, tuple[dict, dict | None]] = {
     "gemma_first_files": (hf_dict("gemma", head_dim=16, hidden_act="gelu", attention_bias=True), None),
     "olmo2": (hf_dict("olmo2"), {"rms_norm_eps": 1e-6}),
     "olmo2_attention_bias": (hf_dict("olmo2", attention_bias=True, num_key_value_heads=None), None),
+    "gemma2": (hf_dict("gemma2", **GEMMA2, sliding_window=5), {"attn_logit_softcapping": None}),
+    "gemma2_default_window": (hf_dict("gemma2", **GEMMA2), {"query_pre_attn_scalar": 16}),
+    "gemma2_windows": (
+        hf_dict("gemma2", **GEMMA2, num_hidden_layers=3, sliding_window=7, layer_types=["full_attention", *SLIDES]),
+        {"layer_types": None},
+    ),
+    "gemma2_untied": (
+        hf_dict(
+            "gemma2",
+            **GEMMA2 | {"attn_logit_softcapping": None, "hidden_activation": "gelu"},
+            sliding_window=9,
+            tie_word_embeddings=False,
+            attention_bias=True,
+        ),
+        {"final_logit_softcapping": None},
+    ),
     "qwen3_window": (hf_dict("qwen3", head_dim=16, **SLIDING, max_window_layers=1), {"max_window_layers": 2}),
 }
 

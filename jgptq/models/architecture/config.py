@@ -42,7 +42,7 @@ class ModelConfig:
     head_dim: int  # F
     hidden_act: str = "silu"  # activation of the MLP
     gated_mlp: bool = True  # `down(act(gate(h)) * up(h))`, else `down(act(up(h)))`
-    block_form: str = "pre"  # where norms stand: pre, parallel, post or output; see `jgptq.models.block.Block`
+    block_form: str = "pre"  # where norms stand: pre, parallel, post, output or sandwich; see `jgptq.models.block.Block`
     norm: str = "rms"  # rms or layer
     norm_eps: float = 1e-6  # added to the mean square, or to the variance
     norm_affine: bool = True  # norms have a scale, and a layer norm may have a bias
@@ -57,6 +57,9 @@ class ModelConfig:
     o_bias: bool = False  # bias on the attention's output projection
     mlp_bias: bool = False  # biases in the MLP
     qk_norm: str | None = None  # RMS norm on queries and keys: on each "head", on the whole "width", or none
+    query_pre_attn_scalar: float | None = None  # scores are divided by its square root; None: head_dim
+    attn_logit_softcapping: float | None = None  # a bound that scores approach, see `jgptq.models.layers.softcapped`
+    final_logit_softcapping: float | None = None  # the same of the logits
     layer_windows: tuple[int | None, ...]  # per block: positions that attention sees, None for all
     dtype: str = "float32"  # what activations are computed in: float32 or bfloat16
 

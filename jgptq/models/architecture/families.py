@@ -33,10 +33,17 @@ class Key:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Window:
-    """How a `config.json` limits attention to a sliding window."""
+    """How a `config.json` limits attention to a sliding window.
+
+    The blocks that it limits are one of
+
+        all          every block
+        opt_in       where `use_sliding_window` is true, those of `layer_types`, or else those from `max_window_layers` on
+        alternating  those of `layer_types`, or else every other block, beginning with the first
+    """
 
     default: int  # the width where the file is silent
-    opt_in: bool = True  # it counts only where `use_sliding_window` is true, for the blocks that the file lists
+    blocks: str = "opt_in"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,7 +86,7 @@ FAMILIES: Mapping[str, Family] = {
         hf_class="MistralForCausalLM",
         keys=_COMMON | {"num_key_value_heads": Key("num_key_value_heads", 8)},
         max_positions=131072,
-        window=Window(default=4096, opt_in=False),
+        window=Window(default=4096, blocks="all"),
         modules=_LLAMA_NORMS,
     ),
     "qwen2": Family(
@@ -159,6 +166,30 @@ FAMILIES: Mapping[str, Family] = {
         fixed={"norm_offset": 1.0, "embedding_scaled": True},
         max_positions=8192,
         modules=_LLAMA_NORMS,
+    ),
+    # arXiv 2408.00118.
+    "gemma2": Family(
+        hf_class="Gemma2ForCausalLM",
+        keys=_COMMON
+        | _ATTENTION_BIAS
+        | {
+            "num_key_value_heads": Key("num_key_value_heads", 4),
+            "head_dim": Key("head_dim", 256),
+            "hidden_act": Key("hidden_activation", _TANH),
+            "query_pre_attn_scalar": Key("query_pre_attn_scalar", 256),
+            "attn_logit_softcapping": Key("attn_logit_softcapping", 50.0),
+            "final_logit_softcapping": Key("final_logit_softcapping", 30.0),
+            "tie_word_embeddings": Key("tie_word_embeddings", True),
+        },
+        fixed={"block_form": "sandwich", "norm_offset": 1.0, "embedding_scaled": True},
+        max_positions=8192,
+        window=Window(default=4096, blocks="alternating"),
+        modules={
+            "attn_norm": "input_layernorm",
+            "attn_out_norm": "post_attention_layernorm",
+            "mlp_norm": "pre_feedforward_layernorm",
+            "mlp_out_norm": "post_feedforward_layernorm",
+        },
     ),
     "olmo2": Family(
         hf_class="Olmo2ForCausalLM",

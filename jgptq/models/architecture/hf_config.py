@@ -99,14 +99,15 @@ def _layer_windows(hf: Mapping[str, Any], known: Window | None) -> tuple[int | N
     window = None if known is None else hf.get("sliding_window", known.default)
     if known is None or window is None:
         return (None,) * layers
-    if not known.opt_in:
+    if known.blocks == "all":
         return (window,) * layers
-    if not hf.get("use_sliding_window", False):
+    if known.blocks == "opt_in" and not hf.get("use_sliding_window", False):
         return (None,) * layers
     types = hf.get("layer_types")
     if types is None:
         first = hf.get("max_window_layers", 28)
-        types = ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
+        slides = [i % 2 == 0 if known.blocks == "alternating" else i >= first for i in range(layers)]
+        types = ["sliding_attention" if here else "full_attention" for here in slides]
     unknown = sorted(set(types) - {"sliding_attention", "full_attention"})
     if unknown or len(types) != layers:
         raise ArchitectureError(f"config.json: layer_types must be {layers} of full_attention, sliding_attention; found {types}")
@@ -116,13 +117,16 @@ def _layer_windows(hf: Mapping[str, Any], known: Window | None) -> tuple[int | N
 def _windows_to_hf(windows: tuple[int | None, ...], known: Window) -> dict[str, Any]:
     """The keys that `_layer_windows` reads."""
     width = max((window for window in windows if window is not None), default=None)
-    if not known.opt_in:
+    if known.blocks == "all":
         return {"sliding_window": width}
+    types = ["full_attention" if window is None else "sliding_attention" for window in windows]
+    if known.blocks == "alternating":
+        return {"sliding_window": width, "layer_types": types}
     return {
         "sliding_window": width,
         "use_sliding_window": width is not None,
         "max_window_layers": sum(window is None for window in windows),
-        "layer_types": ["full_attention" if window is None else "sliding_attention" for window in windows],
+        "layer_types": types,
     }
 
 

@@ -19,6 +19,10 @@ class Statistics(NamedTuple):
     needs_drift: bool = False  # it does not solve without C
 
 
+DIAGONAL_ALONE = Statistics(factor=False, drift=False, residual=False)
+"""For methods without error compensation."""
+
+
 class Method(Protocol):
     """A way to quantize the columns of a kernel, its settings resolved. A method is one file with one such class, and a line of
     the table in `jgptq.solver.methods`."""

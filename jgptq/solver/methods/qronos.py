@@ -1,59 +1,31 @@
 """Qronos (arXiv 2505.11695): the loop makes up for what the inputs have drifted, beginning with its first row."""
 
 import dataclasses
-from typing import Self
 
 import jax
 import jax.numpy as jnp
 
-from jgptq.notation import Float, Int
-from jgptq.settings.solver import Order, SolverConfig
-from jgptq.solver.codes.loop import Loop
+from jgptq.notation import Float
 from jgptq.solver.codes.problem import Problem, Quantized
-from jgptq.solver.codes.target import shifted_target
 from jgptq.solver.linalg.triangular import product
-from jgptq.solver.methods.base import Statistics
+from jgptq.solver.methods.compensating import Compensating
 from jgptq.solver.placement import RowReader, Triangular
-from jgptq.solver.prepared import Prepared
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Qronos:
+class Qronos(Compensating):
     """The loop begins with the shifted target, moved to where Qronos chooses its first code, and reads no matrix but L."""
 
-    loop: Loop
-    order: Order
-    statistics: Statistics
-    target_shift: float
-    is_nearest: bool = False
+    corrects_in_loop = True
 
-    @classmethod
-    def of(cls, config: SolverConfig) -> Self:
-        """The method with the settings of a config."""
-        shifts = config.target_shift > 0
-        return cls(
-            loop=Loop.of(config),
-            order=config.order,
-            statistics=Statistics(factor=True, drift=shifts, residual=config.shifts_residual, needs_drift=shifts),
-            target_shift=config.target_shift,
-        )
-
-    def quantize(
-        self, w_kn: Float[jax.Array, "K N"], residual_kn: Float[jax.Array, "K N"] | None, prepared: Prepared
-    ) -> Quantized:
-        """`jgptq.solver.methods.base.Method.quantize`."""
-        problem = Problem.of(prepared)
+    def run_loop(self, w_kn: Float[jax.Array, "K N"], target_kn: Float[jax.Array, "K N"], problem: Problem) -> Quantized:
+        """`Compensating.run_loop`."""
         rows_k = problem.sequence.rows_k
-        target_kn = shifted_target(w_kn, problem.inverse_times, problem.drift, None, self.target_shift)
         start_kn = target_kn[rows_k]
         if problem.drift is not None:
             drift, first = problem.drift.permuted(rows_k), problem.diag_k[rows_k[0]]
             start_kn = qronos_start(w_kn[rows_k], start_kn, problem.factor, first, drift, self.target_shift)
         return self.loop.quantize(start_kn, target_kn, problem, measured=False)
-
-    def outcome(self, prepared: Int[jax.Array, ""]) -> Int[jax.Array, ""]:
-        """That of the factorization."""
-        return prepared
 
 
 def qronos_start(

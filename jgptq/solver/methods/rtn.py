@@ -10,7 +10,7 @@ from jgptq.notation import Float, Int
 from jgptq.settings.solver import Order, SolverConfig
 from jgptq.solver.codes.grid import GridSpec, round_groups
 from jgptq.solver.codes.problem import Quantized
-from jgptq.solver.methods.base import Statistics
+from jgptq.solver.methods.base import DIAGONAL_ALONE, Statistics
 from jgptq.solver.outcome import Outcome
 from jgptq.solver.prepared import Prepared
 
@@ -21,16 +21,15 @@ class RTN:
 
     spec: GridSpec
     group_size: int  # -1 for all of K
-    statistics: Statistics
+    statistics: Statistics = DIAGONAL_ALONE
     order: Order = "none"
     is_nearest: bool = True
 
     @classmethod
     def of(cls, config: SolverConfig) -> Self:
         """The method with the settings of a config."""
-        statistics = Statistics(factor=False, drift=config.asymmetric, residual=config.shifts_residual)
         spec = GridSpec(bits=config.bits, sym=config.sym, scale=config.grid_search)
-        return cls(spec=spec, group_size=config.group_size, statistics=statistics)
+        return cls(spec=spec, group_size=config.group_size)
 
     def quantize(
         self, w_kn: Float[jax.Array, "K N"], residual_kn: Float[jax.Array, "K N"] | None, prepared: Prepared
