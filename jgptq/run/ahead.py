@@ -60,7 +60,7 @@ def unit_programs(
             total = jax.eval_shape(lambda number=number, observed=observed: empty_sums(work, number, observed))
             columns = job.columns[shapes[0][0], decision.config]
             programs = stage_programs(total, decision.config, columns=columns, dtype=job.dtype, placement=job.placement)
-            solves.setdefault((shapes[0][0], columns, decision.config), programs)
+            solves.setdefault((shapes[0][0], columns, decision.config, decision.pulls), programs)
             for path in decision.names:
                 kernel = work.linears()[path].kernel
                 kernel.set_value(jax.ShapeDtypeStruct(kernel.get_value().shape, job.dtype))

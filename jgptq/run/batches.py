@@ -79,6 +79,7 @@ class Observation(NamedTuple):
 
     drift: bool  # whether the solve reads how far the quantized model has drifted from the float one
     placement: Placement  # where the sums lie
+    pull: float | None = None  # what the drift of the inputs counts in the output's; None: the inputs' drift is a sum of its own
 
 
 def observe(work: Unit, reference: Unit, batches: Sequence[Batch], stage: int, wanted: Observation) -> StageSums:
@@ -93,7 +94,7 @@ def observe(work: Unit, reference: Unit, batches: Sequence[Batch], stage: int, w
     """
     total = empty_sums(work, stage, wanted)
     for batch in batches:
-        total = _observe(work, reference, batch, total, stage=stage, placement=wanted.placement)
+        total = _observe(work, reference, batch, total, stage=stage, wanted=wanted)
     return total
 
 
@@ -111,9 +112,8 @@ def advance(work: Unit, reference: Unit, batches: list[Batch], stage: int, wante
       The sums that `observe` would give for the next stage, or None.
     """
     total = None if wanted is None else empty_sums(work, stage + 1, wanted)
-    placement = None if wanted is None else wanted.placement
     for index, batch in enumerate(batches):
-        batches[index], total = _advance(work, reference, batch, total, stage=stage, placement=placement)
+        batches[index], total = _advance(work, reference, batch, total, stage=stage, wanted=wanted)
     return total
 
 
@@ -122,7 +122,7 @@ def advance_program(
 ) -> tuple[Callable[[], object], Batch]:
     """A function that compiles what `advance` runs, and the batch after the stage; arguments and result hold shapes alone."""
     total = None if wanted is None else jax.eval_shape(lambda: empty_sums(work, stage + 1, wanted))
-    move = functools.partial(_advance, stage=stage, placement=None if wanted is None else wanted.placement)
+    move = functools.partial(_advance, stage=stage, wanted=wanted)
     after, _ = jax.eval_shape(move, work, reference, batch, total)
     return lambda: _advance.lower(work, reference, batch, total, **move.keywords).compile(), after
 
@@ -131,30 +131,43 @@ def empty_sums(work: Unit, stage: int, wanted: Observation) -> StageSums:
     """The sums over no tokens of what a stage's linears read."""
     linears = work.stages()[stage].linears
     k, n = work.linears()[linears[0]].kernel.get_value().shape
-    return wanted.placement.empty_sums(k, n if work.stages()[stage].adds else None, drift=wanted.drift)
+    width = n if work.stages()[stage].adds else None
+    return wanted.placement.empty_sums(k, width, drift=wanted.drift, inputs=wanted.pull is None)
 
 
-def _accumulate(work: Unit, reference: Unit, batch: Batch, total: StageSums, number: int, placement: Placement) -> StageSums:
+def _accumulate(work: Unit, reference: Unit, batch: Batch, total: StageSums, number: int, wanted: Observation) -> StageSums:
+    """Adds a batch to the sums.
+
+    With X and X_f what a linear of weights W reads in the two models, and D what the residual stream lost, a solve needs
+    `X^T ((X_f - X) W a + D b)`. Either `X^T (X_f - X)`, which is K x K, and `X^T D` are summed, or, with a `pull` of a/b, the
+    whole, where that is less work.
+    """
     stage = work.stages()[number]
     h = work.inputs(stage, batch.carry)
     if total.drift is None or batch.reference is None:
-        return placement.accumulate(total, h)
+        return wanted.placement.accumulate(total, h)
+    h_float = reference.inputs(stage, batch.reference)
     lost = batch.reference[RESIDUAL].astype(jnp.float32) - batch.carry[RESIDUAL].astype(jnp.float32)
-    return placement.accumulate(total, h, reference.inputs(stage, batch.reference), lost)
+    if wanted.pull is None:
+        return wanted.placement.accumulate(total, h, h_float, lost)
+    off = (h_float.astype(jnp.float32) - h.astype(jnp.float32)).astype(h.dtype)
+    kernel = jnp.asarray(reference.linears()[stage.linears[0]].kernel.get_value(), h.dtype)
+    moved = jnp.matmul(off, kernel, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+    return wanted.placement.accumulate(total, h, None, lost + jnp.float32(wanted.pull) * moved)
 
 
-@functools.partial(jax.jit, static_argnames=("stage", "placement"), donate_argnames="total")
-def _observe(work: Unit, reference: Unit, batch: Batch, total: StageSums, *, stage: int, placement: Placement) -> StageSums:
-    return _accumulate(work, reference, batch, total, stage, placement)
+@functools.partial(jax.jit, static_argnames=("stage", "wanted"), donate_argnames="total")
+def _observe(work: Unit, reference: Unit, batch: Batch, total: StageSums, *, stage: int, wanted: Observation) -> StageSums:
+    return _accumulate(work, reference, batch, total, stage, wanted)
 
 
-@functools.partial(jax.jit, static_argnames=("stage", "placement"), donate_argnames="total")
+@functools.partial(jax.jit, static_argnames=("stage", "wanted"), donate_argnames="total")
 def _advance(
-    work: Unit, reference: Unit, batch: Batch, total: StageSums | None, *, stage: int, placement: Placement | None
+    work: Unit, reference: Unit, batch: Batch, total: StageSums | None, *, stage: int, wanted: Observation | None
 ) -> tuple[Batch, StageSums | None]:
     this = work.stages()[stage]
     carry = work.run(this, batch.carry)
     batch = Batch(carry, None if batch.reference is None else reference.run(this, batch.reference))
-    if total is None or placement is None:
+    if total is None or wanted is None:
         return batch, None
-    return batch, _accumulate(work, reference, batch, total, stage + 1, placement)
+    return batch, _accumulate(work, reference, batch, total, stage + 1, wanted)

@@ -174,7 +174,8 @@ def _observation(plan: Sequence[StagePlan], number: int, batches: Sequence[Batch
     """What is summed of a stage's inputs; None for a stage that stays float, and after the last, which is another block's."""
     if not batches or number == len(plan) or plan[number].kept_float is not None:
         return None
-    return Observation(plan[number].config.asymmetric, job.placement)
+    used = plan[number].config
+    return Observation(used.asymmetric, job.placement, used.target_shift / used.residual_shift if plan[number].pulls else None)
 
 
 def _reference(work: Unit, batches: Sequence[Batch]) -> Unit:

@@ -18,6 +18,7 @@ class StagePlan:
     names: tuple[str, ...]  # dotted paths of its linears within the block
     kept_float: str | None  # the reason why all of them stay float, or None: all are packed
     config: SolverConfig  # of all of them; the run's where they stay float
+    pulls: bool = False  # whether the drift of its inputs is summed as what it does to the output, which is less work
 
 
 Plan = tuple[StagePlan, ...]
@@ -165,7 +166,9 @@ def _plan_stage(stage: Stage, linears: Mapping[str, Linear], prefix: str, archit
         if reason := packable(*linears[path].kernel.get_value().shape):
             reasons[path] = reason
     kept = "; ".join(f"{path}: {reason}" for path, reason in reasons.items())
-    return StagePlan(stage.linears, kept or None, agreed)
+    k, n = linears[stage.linears[0]].kernel.get_value().shape
+    pulls = stage.adds and agreed.shifts_residual and agreed.target_shift > 0 and n < k
+    return StagePlan(stage.linears, kept or None, agreed, pulls)
 
 
 def _why_agree(fusions: Sequence[Fusion], settings: Mapping[str, SolverConfig | None]) -> str:

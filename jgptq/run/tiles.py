@@ -174,17 +174,23 @@ def stage_programs(
         with _precision(config):
             shared = prepared()
             tile = jax.ShapeDtypeStruct((shared.sequence.rows_k.shape[0], columns), jnp.float32)
-            reads_residual = config.shifts_residual and shared.drift_kk is not None
+            residual_kd = jax.eval_shape(functools.partial(_mean_residual, placement=placement), total)
+            reads_residual = _reads_residual(config, shared, residual_kd)
             return _solve_tile.lower(tile, shared, tile if reads_residual else None, config.solver, dtype).compile()
 
     return [compile_prepare, compile_solve]
+
+
+def _reads_residual(config: SolverConfig, shared: Prepared, residual_kd: object | None) -> bool:
+    """Whether the program of a tile takes a residual: where there is one, and where other stages of the K have one."""
+    return config.shifts_residual and (residual_kd is not None or shared.drift_kk is not None)
 
 
 def _residuals(
     prepared: PreparedStage | None, config: SolverConfig, starts: tuple[int, ...], columns: int
 ) -> Sequence[jax.Array | None]:
     """The residual of each tile. Where a method reads one and there is none it is zero: one program serves all stages of a K."""
-    if prepared is None or not config.shifts_residual or prepared.shared.drift_kk is None:
+    if prepared is None or not _reads_residual(config, prepared.shared, prepared.residual_kd):
         return [None] * len(starts)
     if prepared.residual_kd is None:
         nothing_kn = jnp.asarray(np.zeros((prepared.shared.sequence.rows_k.shape[0], columns), np.float32))

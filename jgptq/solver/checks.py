@@ -27,28 +27,29 @@ def check_k(name: str, k: int, expected: int, owner: str) -> None:
 
 
 def checked_batch(
-    h: jax.Array, h_float: jax.Array | None, lost: jax.Array | None, *, k: int, residual: bool
-) -> tuple[jax.Array, jax.Array | None]:
-    """The float model's part of a batch whose drift is summed, checked.
+    h: jax.Array, h_float: jax.Array | None, lost: jax.Array | None, *, k: int, inputs: bool, residual: bool
+) -> None:
+    """Refuses a batch that lacks a part whose drift is summed.
 
     Args:
       h: activations `[..., K]` of the quantized model.
       h_float: the same of the float model.
       lost: what the residual stream lost, `[..., D]`.
       k: K of the sums.
-      residual: whether `lost` is summed as well.
+      inputs: whether the drift of the inputs is summed.
+      residual: whether `lost` is summed.
 
     Raises:
       ConfigError: K is not that of the sums, or a part is missing.
     """
-    if h_float is None or (residual and lost is None):
-        missing = "h_float" if h_float is None else "lost"
+    if (inputs and h_float is None) or (residual and lost is None):
+        missing = "h_float" if inputs and h_float is None else "lost"
         raise ConfigError(
             f"expected {missing} next to the activations whose drift is summed, found None; give it with each batch"
         )
     check_k("activations", h.shape[-1], k, "the drift's sum")
-    check_k("float activations", h_float.shape[-1], k, "the drift's sum")
-    return h_float, lost
+    if inputs and h_float is not None:
+        check_k("float activations", h_float.shape[-1], k, "the drift's sum")
 
 
 def solver_dtype(float64: bool) -> jnp.dtype:

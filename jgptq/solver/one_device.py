@@ -144,9 +144,9 @@ class WholeTriangular:
 class OneDevice:
     """`jgptq.solver.placement.Placement` on one device: matrices are arrays `[K, K]`."""
 
-    def empty_sums(self, k: int, width: int | None, *, drift: bool) -> StageSums:
+    def empty_sums(self, k: int, width: int | None, *, drift: bool, inputs: bool = True) -> StageSums:
         """The sums over no tokens."""
-        return StageSums(empty(k), empty_drift(k, width) if drift else None)
+        return StageSums(empty(k), empty_drift(k, width, inputs=inputs) if drift else None)
 
     def accumulate(
         self, total: StageSums, h: jax.Array, h_float: jax.Array | None = None, lost: jax.Array | None = None

@@ -112,13 +112,14 @@ class Triangular(RowReader, Protocol):
 class Placement(Protocol):
     """Where matrices over K lie. Hashable: programs are compiled for a placement."""
 
-    def empty_sums(self, k: int, width: int | None, *, drift: bool) -> StageSums:
+    def empty_sums(self, k: int, width: int | None, *, drift: bool, inputs: bool = True) -> StageSums:
         """The sums over no tokens, of what a linear with K in-features reads.
 
         Args:
           k: K.
           width: D, of the residual stream that the linear's output is added to; None where it is added to none.
           drift: whether the float model is looked at.
+          inputs: whether the drift of the inputs is summed then; not where what it does to the output is in `lost`.
         """
         ...
 
@@ -134,7 +135,7 @@ class Placement(Protocol):
         Args:
           total: the sums so far.
           h: activations of the quantized model.
-          h_float: the same of the float model; read where a drift is summed.
+          h_float: the same of the float model; read where a drift of inputs is summed.
           lost: the float residual stream less the quantized one; read where a linear adds to it.
 
         Raises:

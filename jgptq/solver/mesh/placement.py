@@ -54,9 +54,9 @@ class OnMesh:
     def __post_init__(self) -> None:
         sharding.check_axes(self.mesh)
 
-    def empty_sums(self, k: int, width: int | None, *, drift: bool) -> StageSums:
+    def empty_sums(self, k: int, width: int | None, *, drift: bool, inputs: bool = True) -> StageSums:
         """The sums over no tokens, each in slabs."""
-        return StageSums(slabs.empty(k, self.mesh), slabs.empty_drift(k, width, self.mesh) if drift else None)
+        return StageSums(slabs.empty(k, self.mesh), slabs.empty_drift(k, width, self.mesh, inputs=inputs) if drift else None)
 
     def accumulate(
         self, total: StageSums, h: jax.Array, h_float: jax.Array | None = None, lost: jax.Array | None = None
@@ -71,7 +71,8 @@ class OnMesh:
         if total.drift is None:
             return Means(h, None, None)
         residual_kn = slabs.mean_residual(total.drift)
-        return Means(h, slabs.mean(total.drift.inputs, total.drift.tokens), residual_kn)
+        drift = None if total.drift.inputs is None else slabs.mean(total.drift.inputs, total.drift.tokens)
+        return Means(h, drift, residual_kn)
 
     def cast(self, values: Slabs, dtype: jnp.dtype) -> Slabs:
         """The matrix in this dtype."""

@@ -38,15 +38,20 @@ class SlabSum(NamedTuple):
     tokens: Int[jax.Array, ""]  # int32, how many h were summed
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["inputs", "residual_pq", "tokens"], meta_fields=["width"])
+_SUMS, _FACTS = ["inputs", "residual_pq", "tokens"], ["k", "width", "mesh"]
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=_SUMS, meta_fields=_FACTS)
 @dataclasses.dataclass(frozen=True)
 class SlabDriftSum:
     """`jgptq.solver.statistics.drift.DriftSum` in slabs."""
 
-    inputs: Slabs  # the sum of x (x_f - x)^T, float32
+    inputs: Slabs | None  # the sum of x (x_f - x)^T, float32; None where d holds what the drift of x does to the output
     residual_pq: Float[jax.Array, "P Q"] | None  # that of x d^T, K and D extended by zeros, columns divided over all devices
     tokens: Int[jax.Array, ""]
+    k: int  # K
     width: int | None  # D; None where no residual is summed
+    mesh: Mesh
 
     def without_residual(self) -> "SlabDriftSum":
         """The sum over inputs alone."""
@@ -73,13 +78,13 @@ def empty(k: int, mesh: Mesh) -> SlabSum:
     return SlabSum(Slabs(_zeros(size, size, mesh), k, mesh), jnp.zeros((), jnp.int32))
 
 
-@functools.partial(jax.jit, static_argnames=("k", "width", "mesh"))
-def empty_drift(k: int, width: int | None, mesh: Mesh) -> SlabDriftSum:
-    """The sums over no tokens, for a linear that adds to a stream of `width`, or to none."""
-    inputs, tokens = empty(k, mesh)
-    rows = inputs.values.shape[0]
+@functools.partial(jax.jit, static_argnames=("k", "width", "mesh", "inputs"))
+def empty_drift(k: int, width: int | None, mesh: Mesh, *, inputs: bool = True) -> SlabDriftSum:
+    """The sums over no tokens, for a linear that adds to a stream of `width`, or to none; of the inputs only where asked."""
+    rows = padded_size(k, mesh)
+    of_inputs = Slabs(_zeros(rows, rows, mesh), k, mesh) if inputs else None
     residual_pq = None if width is None else _zeros(rows, width + -width % mesh.size, mesh)
-    return SlabDriftSum(inputs, residual_pq, tokens, width)
+    return SlabDriftSum(of_inputs, residual_pq, jnp.zeros((), jnp.int32), k, width, mesh)
 
 
 def _zeros(rows: int, columns: int, mesh: Mesh) -> jax.Array:
@@ -120,15 +125,15 @@ def accumulate_drift(
 
     Args, Raises: those of that function; the memory of `total` is reused.
     """
-    slabs = total.inputs
-    h_float, lost = checked_batch(h, h_float, lost, k=slabs.k, residual=total.residual_pq is not None)
-    h_tk = h.reshape(-1, slabs.k)
-    off_tk = (h_float.astype(jnp.float32) - h.astype(jnp.float32)).astype(h.dtype).reshape(-1, slabs.k)
-    inputs = dataclasses.replace(slabs, values=_added(slabs.values, h_tk, off_tk, slabs.mesh))
-    residual_pq = total.residual_pq
+    inputs, residual_pq = total.inputs, total.residual_pq
+    checked_batch(h, h_float, lost, k=total.k, inputs=inputs is not None, residual=residual_pq is not None)
+    h_tk = h.reshape(-1, total.k)
+    if inputs is not None and h_float is not None:
+        off_tk = (h_float.astype(jnp.float32) - h.astype(jnp.float32)).astype(h.dtype).reshape(-1, total.k)
+        inputs = dataclasses.replace(inputs, values=_added(inputs.values, h_tk, off_tk, total.mesh))
     if residual_pq is not None and lost is not None:
-        residual_pq = _added(residual_pq, h_tk, lost.astype(h.dtype).reshape(-1, lost.shape[-1]), slabs.mesh)
-    return SlabDriftSum(inputs, residual_pq, total.tokens + h_tk.shape[0], total.width)
+        residual_pq = _added(residual_pq, h_tk, lost.astype(h.dtype).reshape(-1, lost.shape[-1]), total.mesh)
+    return dataclasses.replace(total, inputs=inputs, residual_pq=residual_pq, tokens=total.tokens + h_tk.shape[0])
 
 
 def _added(sum_pq: jax.Array, left_tk: jax.Array, right_td: jax.Array, mesh: Mesh) -> jax.Array:
@@ -178,7 +183,7 @@ def mean_residual(total: SlabDriftSum) -> Float[jax.Array, "K D"] | None:
     """`2/T` times the sum of `x d^T`, without its padding."""
     if total.residual_pq is None:
         return None
-    return _averaged(total.residual_pq, total.tokens)[: total.inputs.k, : total.width]
+    return _averaged(total.residual_pq, total.tokens)[: total.k, : total.width]
 
 
 @functools.partial(jax.jit, donate_argnames="values")

@@ -16,7 +16,7 @@ class DriftSum(NamedTuple):
     linear's output is added to it.
     """
 
-    inputs_kk: Float[jax.Array, "K K"]  # float32
+    inputs_kk: Float[jax.Array, "K K"] | None  # float32; None where d holds what the drift of x does to the linear's output
     residual_kd: Float[jax.Array, "K D"] | None  # float32; None for a linear that does not add to the stream
     tokens: Int[jax.Array, ""]
 
@@ -36,10 +36,11 @@ class StageSums(NamedTuple):
         return self if self.drift is None else self._replace(drift=self.drift.without_residual())
 
 
-def empty_drift(k: int, width: int | None) -> DriftSum:
-    """The sums over no tokens, for a linear that adds to a stream of `width`, or to none."""
+def empty_drift(k: int, width: int | None, *, inputs: bool = True) -> DriftSum:
+    """The sums over no tokens, for a linear that adds to a stream of `width`, or to none; of the inputs only where asked."""
+    inputs_kk = jnp.zeros((k, k), jnp.float32) if inputs else None
     residual_kd = None if width is None else jnp.zeros((k, width), jnp.float32)
-    return DriftSum(jnp.zeros((k, k), jnp.float32), residual_kd, jnp.zeros((), jnp.int32))
+    return DriftSum(inputs_kk, residual_kd, jnp.zeros((), jnp.int32))
 
 
 def accumulate_drift(
@@ -62,21 +63,25 @@ def accumulate_drift(
     Raises:
       ConfigError: K is not that of the sums, or what they are sums of is missing.
     """
-    h_float, lost = checked_batch(h, h_float, lost, k=total.inputs_kk.shape[0], residual=total.residual_kd is not None)
-    off = (h_float.astype(jnp.float32) - h.astype(jnp.float32)).astype(h.dtype)
+    k = h.shape[-1] if total.inputs_kk is None else total.inputs_kk.shape[0]
+    checked_batch(h, h_float, lost, k=k, inputs=total.inputs_kk is not None, residual=total.residual_kd is not None)
     # Tokens last in both operands, as in the Hessian's sum.
-    h_kt, off_kt = jax.lax.optimization_barrier((h.reshape(-1, h.shape[-1]).T, off.reshape(-1, h.shape[-1]).T))
-    residual_kd = total.residual_kd
+    h_kt = jax.lax.optimization_barrier(h.reshape(-1, k).T)
+    inputs_kk, residual_kd = total.inputs_kk, total.residual_kd
     if residual_kd is not None and lost is not None:
         lost_dt = jax.lax.optimization_barrier(lost.astype(h.dtype).reshape(-1, lost.shape[-1]).T)
         residual_kd = residual_kd + _outer(h_kt, lost_dt)
-    return DriftSum(total.inputs_kk + _outer(h_kt, off_kt), residual_kd, total.tokens + h_kt.shape[1])
+    if inputs_kk is not None and h_float is not None:
+        off = (h_float.astype(jnp.float32) - h.astype(jnp.float32)).astype(h.dtype)
+        inputs_kk = inputs_kk + _outer(h_kt, jax.lax.optimization_barrier(off.reshape(-1, k).T))
+    return DriftSum(inputs_kk, residual_kd, total.tokens + h_kt.shape[1])
 
 
-def mean_drift(total: DriftSum) -> tuple[Float[jax.Array, "K K"], Float[jax.Array, "K D"] | None]:
+def mean_drift(total: DriftSum) -> tuple[Float[jax.Array, "K K"] | None, Float[jax.Array, "K D"] | None]:
     """`2/T` times the sums: C and R of `jgptq.solver.codes.target`, on the scale of the Hessian."""
     factor = 2.0 / jnp.maximum(total.tokens, 1).astype(jnp.float32)
-    return total.inputs_kk * factor, None if total.residual_kd is None else total.residual_kd * factor
+    inputs_kk, residual_kd = (None if part is None else part * factor for part in (total.inputs_kk, total.residual_kd))
+    return inputs_kk, residual_kd
 
 
 def _outer(a_pt: jax.Array, b_qt: jax.Array) -> jax.Array:
