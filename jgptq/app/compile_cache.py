@@ -97,7 +97,8 @@ def _warns_once(folder: Path) -> Iterator[None]:
             warnings.showwarning = show
             if _DAMAGED in reported:
                 for path in (*folder.glob("*-cache"), *folder.glob("*-atime")):
-                    path.unlink(missing_ok=True)
+                    with contextlib.suppress(OSError):
+                        path.unlink()
 
 
 def _warn(sentence: str) -> None:

@@ -2,7 +2,8 @@
 
 Most of what a run of a small model takes is compilation, one program after the other, on one core. What will be compiled follows
 from shapes that are known before anything is computed. JAX compiles a program once: where the run needs one that a thread is
-compiling, it waits for that one.
+compiling, it waits for that one. What a caller sets for its own thread alone, such as `jax.default_matmul_precision` as a
+context, is not seen here: the run then compiles its own programs when it needs them.
 """
 
 import contextlib
@@ -42,7 +43,7 @@ def compiled_ahead(programs: Iterable[Program]) -> Iterator[None]:
 def unit_programs(
     unit: Unit, plan: Sequence[StagePlan], wanted: Sequence[Observation | None], batch: Batch, job: Job
 ) -> list[Program]:
-    """What solving a unit and moving a batch through it compiles, the largest programs first.
+    """What solving a unit and moving a batch through it compiles: solves first, and last the move through its last stage.
 
     Args:
       unit: a block or the head.

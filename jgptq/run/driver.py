@@ -30,6 +30,7 @@ from jgptq.run.tiles import tile_columns
 from jgptq.settings.presets import make_config
 from jgptq.settings.run import QuantizeConfig
 from jgptq.solver import ONE_DEVICE, Outcome, Placement
+from jgptq.solver.methods import method_of
 
 
 def quantize(
@@ -86,7 +87,8 @@ def quantize(
         _check_finite(name, to_device(module))
     batches = embed(params, tokens, reference=run.follows)
     _quantize_units(run, finished, batches, sink, job, skip_last=not config.tune, progress=progress)
-    blocks = [sink.done()[index] for index in range(len(run.units))]
+    finished = sink.done()
+    blocks = [finished[index] for index in range(len(run.units))]
     quantized = _assemble(params, [block for block, _ in blocks], config)
     quantized, tuning = _tuned(quantized, params, tokens, batches, config.tune) if config.tune else (quantized, None)
     rows = tuple(row for _, rows in blocks for row in rows)
@@ -105,10 +107,10 @@ def _quantize_units(
 ) -> None:
     """Quantizes the units that are not finished, each on what those before it give; nothing is moved through the last one where
     nobody reads what leaves it."""
-    ahead = compiled_ahead(_programs_ahead(run, finished, batches, job))
+    ahead = compiled_ahead(_programs_ahead(run, finished, batches, job, skip_last=skip_last))
     with Progress(sum(len(plan) for plan in run.plans), progress) as bar, ahead:
         for index, (unit, plan) in enumerate(zip(run.units, run.plans, strict=True)):
-            last = index == len(run.plans) - 1 and (skip_last or isinstance(unit, Head))
+            last = _is_last(run, index, skip_last)
             if index not in finished:
                 sink.write(index, *_quantize_unit(index, unit, plan, batches, last, job, bar))
                 continue
@@ -127,14 +129,22 @@ def _tuned(
     return tune(quantized, params, [Lesson(*pair) for pair in zip(tokens, streams, strict=True)], passes)
 
 
-def _programs_ahead(run: RunPlan, finished: Mapping[int, Any], batches: Sequence[Batch], job: Job) -> list[Program]:
+def _is_last(run: RunPlan, index: int, skip_last: bool) -> bool:
+    """Whether nobody reads what leaves a unit."""
+    return index == len(run.units) - 1 and (skip_last or isinstance(run.units[index], Head))
+
+
+def _programs_ahead(
+    run: RunPlan, finished: Mapping[int, Any], batches: Sequence[Batch], job: Job, *, skip_last: bool
+) -> list[Program]:
     """What the blocks that are not finished will compile. Only on one device: on a mesh, programs also depend on shardings."""
     first = next((index for index in range(len(run.units)) if index not in finished), None)
     if first is None or not batches or job.placement is not ONE_DEVICE:
         return []
     plan = run.plans[first]
     wanted = [_observation(plan, number, batches, job) for number in range(len(plan))]
-    return unit_programs(run.units[first], plan, wanted, batches[0], job)
+    programs = unit_programs(run.units[first], plan, wanted, batches[0], job)
+    return programs[:-1] if _is_last(run, first, skip_last) else programs
 
 
 def _quantize_unit(
@@ -175,7 +185,8 @@ def _observation(plan: Sequence[StagePlan], number: int, batches: Sequence[Batch
     if not batches or number == len(plan) or plan[number].kept_float is not None:
         return None
     used = plan[number].config
-    return Observation(used.asymmetric, job.placement, used.target_shift / used.residual_shift if plan[number].pulls else None)
+    pull = used.target_shift / used.residual_shift if plan[number].pulls else None
+    return Observation(method_of(used).statistics.float_model, job.placement, pull)
 
 
 def _reference(work: Unit, batches: Sequence[Batch]) -> Unit:

@@ -2,7 +2,8 @@
 
 On a CPU, Hessians are factored by the library that SciPy brings, on threads of its own. They wait for each other by spinning, on
 the cores that XLA's threads run on: on two cores that were not idle a factorization of K = 768 took 560 ms on two threads and
-4 ms on one. Only for a large K are more threads worth it.
+4 ms on one. Only for a large K are more threads worth it. The number of threads belongs to the process: runs in several threads
+of one process share it.
 """
 
 import contextlib

@@ -9,6 +9,7 @@ from jgptq.settings.rules import first_match, resolve, without_effect
 from jgptq.settings.run import QuantizeConfig
 from jgptq.settings.sizes import fitting_group_sizes, group_rows, packable
 from jgptq.settings.solver import SolverConfig
+from jgptq.solver.methods import method_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +58,7 @@ def plan_run(params: Decoder, config: QuantizeConfig) -> RunPlan:
         plans=tuple(plans),
         widths=widths,
         needs_tokens=_need_of_tokens(config.tune, used),
-        follows=config.tune > 0 or any(settings.asymmetric for settings in used),
+        follows=config.tune > 0 or any(method_of(settings).statistics.float_model for settings in used),
         idle_rules=tuple(_idle_rules(parts, config)),
     )
 
@@ -131,8 +132,13 @@ def _need_of_tokens(tune: float, used: Sequence[SolverConfig]) -> str | None:
     """What needs calibration tokens, as a phrase; None where nothing does."""
     if tune > 0:
         return f"tuning (tune={tune})"
-    needing = next((settings for settings in used if settings.reads_hessian), None)
+    needing = next((settings for settings in used if _reads_hessian(settings)), None)
     return None if needing is None else f"method {needing.method!r} with scale {needing.grid_search!r}"
+
+
+def _reads_hessian(settings: SolverConfig) -> bool:
+    """Whether a solve reads the Hessian, if only its diagonal."""
+    return method_of(settings).statistics.factor or settings.grid_search == "hessian"
 
 
 def _packed_widths(parts: Sequence[Unit], plans: Sequence[Plan]) -> dict[tuple[int, SolverConfig], list[int]]:
@@ -167,7 +173,8 @@ def _plan_stage(stage: Stage, linears: Mapping[str, Linear], prefix: str, archit
             reasons[path] = reason
     kept = "; ".join(f"{path}: {reason}" for path, reason in reasons.items())
     k, n = linears[stage.linears[0]].kernel.get_value().shape
-    pulls = stage.adds and agreed.shifts_residual and agreed.target_shift > 0 and n < k
+    reads = method_of(agreed).statistics
+    pulls = stage.adds and reads.drift and reads.residual and n < k
     return StagePlan(stage.linears, kept or None, agreed, pulls)
 
 

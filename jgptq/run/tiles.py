@@ -21,6 +21,7 @@ from jgptq.notation import Array, Float, Int
 from jgptq.settings.sizes import ROW_MULTIPLE
 from jgptq.settings.solver import SolverConfig
 from jgptq.solver import ONE_DEVICE, Placement, Prepared, judge_columns, prepare, round_to_nearest
+from jgptq.solver.methods import method_of
 from jgptq.solver.statistics.drift import StageSums
 
 Part = TypeVar("Part", jax.Array, np.ndarray)
@@ -92,7 +93,7 @@ def prepare_stage(total: StageSums, config: SolverConfig, placement: Placement =
       What `solve_stage` takes.
     """
     with _precision(config):
-        residual_kd = _mean_residual(total, placement) if config.shifts_residual else None
+        residual_kd = _mean_residual(total, placement) if method_of(config).statistics.residual else None
         return PreparedStage(_prepare(total.without_residual(), config.solver, placement), residual_kd)
 
 
@@ -183,7 +184,7 @@ def stage_programs(
 
 def _reads_residual(config: SolverConfig, shared: Prepared, residual_kd: object | None) -> bool:
     """Whether the program of a tile takes a residual: where there is one, and where other stages of the K have one."""
-    return config.shifts_residual and (residual_kd is not None or shared.drift_kk is not None)
+    return method_of(config).statistics.residual and (residual_kd is not None or shared.drift_kk is not None)
 
 
 def _residuals(

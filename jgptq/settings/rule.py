@@ -30,12 +30,15 @@ class Rule:
     settings: tuple[tuple[str, Any], ...]  # the options that the rule changes, in the order of `RULE_OPTIONS`
 
     def __init__(self, *, pattern: str, skip: bool = False, **overrides: Any):
-        given = {name: value for name, value in overrides.items() if value is not None}
-        settings = tuple((name, given[name]) for name in RULE_OPTIONS if name in given)
+        if unknown := [name for name in overrides if name not in RULE_OPTIONS]:
+            raise ConfigError(
+                f"rule {pattern!r}: {', '.join(unknown)} cannot be set by a rule; known are {', '.join(RULE_OPTIONS)}"
+            )
+        settings = tuple((name, overrides[name]) for name in RULE_OPTIONS if overrides.get(name) is not None)
         for name, value in (("pattern", pattern), ("skip", skip), ("settings", settings)):
             object.__setattr__(self, name, value)
         self._check_pattern()
-        self._check_settings(given)
+        self._check_settings()
 
     @property
     def overrides(self) -> dict[str, Any]:
@@ -51,11 +54,14 @@ class Rule:
         except re.error as error:
             raise ConfigError(f"the pattern of a rule must be a regex, found {self.pattern!r}: {error}") from None
 
-    def _check_settings(self, given: dict[str, Any]) -> None:
+    def __repr__(self) -> str:
+        settings = "".join(f", {name}={value!r}" for name, value in self.settings)
+        return f"Rule(pattern={self.pattern!r}, skip={self.skip!r}{settings})"
+
+    def _check_settings(self) -> None:
         defaults = {field.name: field.default for field in dataclasses.fields(SolverConfig)}
         types = {"skip": bool} | {name: type(defaults[name]) for name in RULE_OPTIONS}
-        wrong = [f"{name} is no option of a rule; known are {', '.join(RULE_OPTIONS)}" for name in given if name not in types]
-        wrong += [
+        wrong = [
             f"{name} must be {types[name].__name__}, found {value!r}"
             for name, value in {"skip": self.skip, **self.overrides}.items()
             if type(value) is not types[name]

@@ -52,6 +52,8 @@ def rules_from_dynamic(dynamic: Mapping[str, Mapping[str, Any]]) -> tuple[Rule, 
         raise ConfigError(f'rules must be a dict such as {{"+:regex": {{"bits": 8}}}}, found {dynamic!r}')
     rules = []
     for key, overrides in dynamic.items():
+        if not isinstance(key, str):
+            raise ConfigError(f'the key of a rule must be "+:regex" or "-:regex", found {key!r}')
         if not isinstance(overrides, Mapping):
             raise ConfigError(f'rule {key!r} must be a dict such as {{"bits": 8}}, or {{}} to skip, found {overrides!r}')
         if unknown := [name for name in overrides if name not in RULE_OPTIONS]:
@@ -109,7 +111,9 @@ def stored_rules(dynamic: object) -> tuple[Rule, ...]:
     """
     if not dynamic:
         return ()
-    if not isinstance(dynamic, Mapping) or not all(isinstance(overrides, Mapping) for overrides in dynamic.values()):
+    if not isinstance(dynamic, Mapping) or not all(
+        isinstance(key, str) and isinstance(overrides, Mapping) for key, overrides in dynamic.items()
+    ):
         raise ConfigError(f"dynamic must be a dict of dicts, found {dynamic!r}")
     known: dict[str, Rule] = {}
     for key, overrides in dynamic.items():

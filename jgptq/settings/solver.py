@@ -125,24 +125,9 @@ class SolverConfig:
         return "minmax" if self.method == "rtn" else "hessian"
 
     @property
-    def reads_hessian(self) -> bool:
-        """Whether a solve needs a Hessian, and therefore calibration tokens."""
-        return self.method != "rtn" or self.grid_search == "hessian"
-
-    @property
     def improves(self) -> bool:
         """Whether codes or scales change again after the solver's loop."""
         return self.refit or self.refine > 0
-
-    @property
-    def asymmetric(self) -> bool:
-        """Whether a solve reads the float model's activations as well as the quantized ones."""
-        return self.method != "rtn" and (self.target_shift > 0 or self.shifts_residual)
-
-    @property
-    def shifts_residual(self) -> bool:
-        """Whether linears that add to the residual stream are fitted to cancel its error."""
-        return self.method == "gptq" and self.residual_shift > 0
 
 
 RULE_OPTIONS = tuple(name for name, known in options(SolverConfig).items() if known.rule)

@@ -11,7 +11,7 @@ import tiny
 from compiling import compilations
 
 import jgptq
-from jgptq.run import driver
+from jgptq.run import driver, stage
 from jgptq.run.ahead import compiled_ahead
 from jgptq.run.lapack import ONE_THREAD, lapack_threads
 
@@ -29,6 +29,22 @@ def test_what_is_compiled_ahead_is_what_the_run_needs(preset: str, monkeypatch: 
     with compilations() as when_needed:
         jgptq.quantize(params, calib, preset=preset, **SETTINGS)
     assert sorted(ahead) == sorted(when_needed)
+
+
+def test_a_run_has_its_solves_compiled_on_the_thread():
+    names: set[str] = set()
+
+    def listen(event: str, _seconds: float, **facts: str) -> None:
+        if event == "/jax/core/compile/backend_compile_duration" and threading.current_thread().name.startswith("compile"):
+            names.add(facts["fun_name"])
+
+    jax.clear_caches()
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        jgptq.quantize(tiny.decoder(), tiny.tokens(), preset="fast", **SETTINGS)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert {"jit(_prepare)", "jit(_solve_tile)", "jit(_advance)"} <= names
 
 
 def test_programs_are_compiled_on_another_thread():
@@ -63,4 +79,14 @@ def test_small_hessians_are_factored_on_one_thread(k: int, wanted: int):
     with threadpoolctl.threadpool_limits(limits=2, user_api="blas"):
         with lapack_threads(k):
             assert blas_threads() == {wanted}
+        assert blas_threads() == {2}
+
+
+def test_a_run_limits_the_threads_of_lapack_while_it_factors(monkeypatch: pytest.MonkeyPatch):
+    seen: set[int] = set()
+    prepare_stage = stage.prepare_stage
+    monkeypatch.setattr(stage, "prepare_stage", lambda *args: seen.update(blas_threads()) or prepare_stage(*args))
+    with threadpoolctl.threadpool_limits(limits=2, user_api="blas"):
+        jgptq.quantize(tiny.decoder(), tiny.tokens(), preset="fast", **SETTINGS)
+        assert seen == {1}
         assert blas_threads() == {2}

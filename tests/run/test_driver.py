@@ -233,3 +233,13 @@ def test_every_leaf_that_is_not_finite_is_named(path: str, method: str):
     param.set_value(param.get_value().at[0].set(np.nan))
     with pytest.raises(NumericalError, match=rf"^{re.escape(path)}: The weights hold NaN"):
         jgptq.quantize(params, tiny.tokens(), method=method, **SETTINGS)
+
+
+@pytest.mark.parametrize("target_shift", [0.0, 1.0])
+def test_what_the_residual_stream_lost_is_made_up_for_whatever_the_inputs_count(target_shift: float):
+    def codes(residual_shift: float) -> np.ndarray:
+        shifts = {"target_shift": target_shift, "residual_shift": residual_shift}
+        quantized, _ = jgptq.quantize(tiny.decoder(), tiny.tokens(), **SETTINGS, **shifts)
+        return np.concatenate([np.asarray(block.mlp.down_proj.kernel.get_value().qweight) for block in quantized.layers])
+
+    assert not np.array_equal(codes(0.0), codes(1.0))

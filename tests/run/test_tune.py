@@ -14,6 +14,7 @@ from jgptq.models import Decoder
 from jgptq.models.packed import PackedTensor, unpack
 from jgptq.run import tune
 from jgptq.settings.presets import PRESETS, make_config
+from jgptq.solver.methods import method_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:vLLM refuses 3-bit")
 SMALL = {"intermediate_size": 64, "num_hidden_layers": 2, "layer_windows": (None, None)}
@@ -213,7 +214,7 @@ def test_settings_given_with_a_preset_override_it():
     assert config == dataclasses.replace(make_config({"preset": "best"}), refine=0)
     assert config.tune == PRESETS["best"]["tune"] > 0
     assert make_config({}) == make_config({"preset": "balanced"}) == jgptq.QuantizeConfig()
-    assert not make_config({"preset": "fast"}).asymmetric
+    assert not method_of(make_config({"preset": "fast"})).statistics.float_model
 
 
 def test_unknown_presets_and_settings_are_refused_with_those_known():

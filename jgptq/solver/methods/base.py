@@ -18,6 +18,11 @@ class Statistics(NamedTuple):
     residual: bool  # R, what the residual stream lost
     needs_drift: bool = False  # it does not solve without C
 
+    @property
+    def float_model(self) -> bool:
+        """Whether the float model's activations are summed as well as the quantized one's."""
+        return self.drift or self.residual
+
 
 DIAGONAL_ALONE = Statistics(factor=False, drift=False, residual=False)
 """For methods without error compensation."""

@@ -36,7 +36,10 @@ class Compensating(abc.ABC):
             loop=Loop.of(config),
             order=config.order,
             statistics=Statistics(
-                factor=True, drift=shifts, residual=config.shifts_residual, needs_drift=shifts and cls.corrects_in_loop
+                factor=True,
+                drift=shifts,
+                residual=config.residual_shift > 0 and not cls.corrects_in_loop,
+                needs_drift=shifts and cls.corrects_in_loop,
             ),
             target_shift=config.target_shift,
             residual_shift=config.residual_shift,
