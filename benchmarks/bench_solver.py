@@ -4,17 +4,17 @@
 
 A solve is everything between a Hessian and the codes, with their loss: ordering of rows, factorization, loop. That is what the
 published loop does, and the ratio that the limit is for. The driver also asks what round-to-nearest would have lost, one more
-product with H: both are timed with it too, torch with the undamped loss of its codes beside it. 4 bit, symmetric, group 128,
+product with H: both are timed with it too, torch with the undamped loss of its codes as well. 4 bit, symmetric, group 128,
 min-max grids, rows in the same order, float32; weights are new in every round. Both use all cores, in one process, in turn;
 quoted are the median and every round. Codes and losses are compared as well, so that the speed is that of the same answer.
 
 Measure on a machine that does nothing else. Torch's threads wait for each other by spinning, so that one busy neighbour can make
-its loop ten times as slow, and the ratio worthless: seconds of all cores stand beside the seconds of the clock, and the load of
-the last minute in the result; above 0.5 the script says so.
+its loop ten times as slow, and the ratio worthless: the result holds the seconds of all cores, those of the clock, and the load
+of the last minute; above 0.5 the script says so.
 
 - `square`, K = N = 4096, and `wide`, K = 14336: at least 3 and 1.8 times as fast as the loop in torch. The parts of our solve
-  stand beside their floors: multiplications at the speed of a 4096^3 float32 `jnp.matmul` of the same run, and bytes at that of
-  a copy.
+  are compared with their floors: multiplications at the speed of a 4096^3 float32 `jnp.matmul` of the same run, and bytes at that
+  of a copy.
 - `compile`: tracing and compiling with empty caches, at most 10 s a shape; a second matrix of a shape compiles nothing.
 """
 
@@ -22,89 +22,40 @@ import argparse
 import dataclasses
 import os
 import statistics
-import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import peer_torch_loop
 import torch
 from common import circumstances, write_result
+from solver_rounds import (
+    BITS,
+    GROUP,
+    Compilations,
+    Problem,
+    jgptq_round,
+    plain_config,
+    random_hessian,
+    random_weights,
+    solve_tiles,
+    timed,
+    torch_round,
+    total,
+)
 
 from jgptq.run.tiles import tile_columns
 from jgptq.settings.run import QuantizeConfig
-from jgptq.solver import Prepared, Solution, judge_columns, output_loss, prepare, solve_columns
+from jgptq.solver import output_loss, prepare, solve_columns
 from jgptq.solver.codes.compensate import solver_block
 from pallas_kernels.gptq_block.reference import STEP
 
-BITS, GROUP = 4, 128
 LIMITS = {"square": 3.0, "wide": 1.8}
 COMPILE_LIMIT = 10.0
-COMPILED = "/jax/core/compile/backend_compile_duration"
 COMPILE_SHAPES = {(256, 256): 128, (2080, 2080): 32, (4096, 4096): 128, (14336, 4096): 128}  # (K, N): group size
 SECOND_SOLVED = 4096  # the largest K whose second matrix is solved for the count of compilations; `square`, `wide` count theirs
 BUSY = 0.5  # load of the last minute from which on a warning is printed
-
-
-class Problem(NamedTuple):
-    """A Hessian with uneven, correlated features, and weights of a round."""
-
-    h_kk: np.ndarray
-    w_kn: np.ndarray
-
-
-class Timed(NamedTuple):
-    """A result, the seconds that it took, and the seconds of all cores together."""
-
-    value: Any
-    seconds: float
-    cpu_seconds: float
-
-
-def plain_config(group: int = GROUP) -> QuantizeConfig:
-    """The published problem."""
-    return QuantizeConfig(bits=BITS, group_size=group, sym=True, scale="minmax", target_shift=0.0, residual_shift=0.0)
-
-
-def random_hessian(k: int) -> np.ndarray:
-    """`D (A A^T / r + 0.1 I) D`: a few strong common directions, and diagonals that differ by orders of magnitude."""
-    random = np.random.default_rng(k)
-    directions_kr = random.standard_normal((k, max(32, k // 16)), np.float32)
-    h_kk = directions_kr @ directions_kr.T / directions_kr.shape[1]
-    h_kk[np.arange(k), np.arange(k)] += 0.1
-    spread_k = np.exp(0.5 * random.standard_normal(k, np.float32))
-    h_kk *= spread_k[:, None]
-    h_kk *= spread_k[None, :]
-    return h_kk
-
-
-def random_weights(k: int, n: int, seed: int) -> np.ndarray:
-    """Weights `[K, N]` of the size that a trained linear has."""
-    return np.random.default_rng(seed).standard_normal((k, n), np.float32) / np.float32(np.sqrt(k))
-
-
-def timed(run: Callable[[], Any]) -> Timed:
-    """Runs once, to the end of its computation."""
-    used, started = time.process_time(), time.perf_counter()
-    value = jax.block_until_ready(run())
-    return Timed(value, time.perf_counter() - started, time.process_time() - used)
-
-
-class Compilations:
-    """Counts compilations of this process while it is entered."""
-
-    def __enter__(self) -> "Compilations":
-        self.count = 0
-        jax.monitoring.register_event_duration_secs_listener(self._saw)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        jax.monitoring.unregister_event_duration_listener(self._saw)
-
-    def _saw(self, event: str, _: float, **__: Any) -> None:
-        self.count += event == COMPILED
 
 
 def speeds() -> dict[str, float]:
@@ -143,52 +94,8 @@ def floors(k: int, n: int, speed: dict[str, float]) -> dict[str, dict[str, float
     return parts
 
 
-def solve_tiles(
-    w_kn: jax.Array, prepared: Prepared, config: QuantizeConfig, solve: Callable[..., Solution] = solve_columns
-) -> list[Solution]:
-    """All columns on one Hessian, in tiles as the whole job cuts them."""
-    n = w_kn.shape[1]
-    columns = tile_columns((n,))
-    return [solve(w_kn[:, start : start + columns], prepared, config) for start in range(0, n, columns)]
-
-
-def jgptq_round(problem: Problem, config: QuantizeConfig) -> dict[str, Any]:
-    """One solve of ours, its two programs timed apart; and the second with round-to-nearest's loss."""
-    h_kk, w_kn = jax.block_until_ready((jnp.asarray(problem.h_kk), jnp.asarray(problem.w_kn)))
-    prepared = timed(lambda: prepare(h_kk, config))
-    tiles = timed(lambda: solve_tiles(w_kn, prepared.value, config))
-    assert all(int(tile.outcome) == 0 for tile in tiles.value), [int(tile.outcome) for tile in tiles.value]
-    judged = timed(lambda: solve_tiles(w_kn, prepared.value, config, judge_columns))
-    return {
-        "seconds": prepared.seconds + tiles.seconds,
-        "seconds_with_rtn_loss": prepared.seconds + judged.seconds,
-        "prepare": prepared.seconds,
-        "solve_columns": tiles.seconds,
-        "cpu_seconds": prepared.cpu_seconds + tiles.cpu_seconds,
-        "codes_kn": np.concatenate([tile.codes_kn for tile in tiles.value], axis=1),
-        "values_kn": np.concatenate([tile.dequantize() for tile in tiles.value], axis=1),
-        "loss": sum(_total(tile.loss_n) for tile in tiles.value),
-        "rtn_loss": sum(_total(tile.rtn_loss_n) for tile in judged.value),
-    }
-
-
-def torch_round(problem: Problem) -> dict[str, Any]:
-    """One run of the published loop, and of the losses beside it."""
-    h_kk, w_nk = torch.from_numpy(problem.h_kk), torch.from_numpy(problem.w_kn).T.contiguous()
-    solved = timed(lambda: peer_torch_loop.fasterquant(w_nk, h_kk, bits=BITS, group_size=GROUP))
-    both = timed(lambda: peer_torch_loop.losses(w_nk, h_kk, solved.value, bits=BITS))
-    return {
-        "seconds": solved.seconds,
-        "losses": both.seconds,
-        "cpu_seconds": solved.cpu_seconds,
-        "codes_kn": solved.value.codes(BITS).T.numpy(),
-        "values_kn": solved.value.values().T.numpy(),
-        "rtn_loss": float(both.value[1].double().sum()),
-    }
-
-
 def compare(k: int, n: int, rounds: int, speed: dict[str, float]) -> dict[str, Any]:
-    """Rounds of ours and of torch in turn, on new weights each, and the parts of our solve beside their floors."""
+    """Rounds of ours and of torch in turn, on new weights each, and the parts of our solve against their floors."""
     config, h_kk = plain_config(), random_hessian(k)
     warm = Problem(h_kk, random_weights(k, n, 0))
     jgptq_round(warm, config)
@@ -200,7 +107,7 @@ def compare(k: int, n: int, rounds: int, speed: dict[str, float]) -> dict[str, A
             ours = jgptq_round(problem, config)
         compiled += seen.count
         theirs = torch_round(problem)
-        loss_of = [_loss(problem, found.pop("values_kn")) for found in (ours, theirs)]
+        loss_of = [_loss(problem, result.pop("values_kn")) for result in (ours, theirs)]
         entries.append(
             {
                 "times_as_fast": theirs["seconds"] / ours["seconds"],
@@ -231,12 +138,8 @@ def compare(k: int, n: int, rounds: int, speed: dict[str, float]) -> dict[str, A
     }
 
 
-def _total(loss_n: jax.Array) -> float:
-    return float(np.asarray(loss_n, np.float64).sum())
-
-
 def _loss(problem: Problem, values_kn: np.ndarray) -> float:
-    return _total(output_loss(jnp.asarray(problem.w_kn - values_kn), jnp.asarray(problem.h_kk)))
+    return total(output_loss(jnp.asarray(problem.w_kn - values_kn), jnp.asarray(problem.h_kk)))
 
 
 def _parts(problem: Problem, config: QuantizeConfig, entries: list[dict[str, Any]], speed: dict[str, float]) -> dict[str, Any]:
@@ -258,7 +161,7 @@ def _median_seconds(run: Callable[[], Any], times: int) -> float:
 
 def compile_times(shapes: dict[tuple[int, int], int]) -> list[dict[str, Any]]:
     """Tracing and compiling of both programs for each shape, with empty caches; then two matrices, of which one may compile."""
-    found = []
+    entries = []
     for (k, n), group in shapes.items():
         config = plain_config(group)
         columns = tile_columns((n,))
@@ -273,8 +176,8 @@ def compile_times(shapes: dict[tuple[int, int], int]) -> list[dict[str, Any]]:
         if k <= SECOND_SOLVED:
             entry |= _compilations_of_two(k, n, config)
         print("compile", {name: round(value, 2) for name, value in entry.items()}, flush=True)
-        found.append(entry)
-    return found
+        entries.append(entry)
+    return entries
 
 
 def _compilations_of_two(k: int, n: int, config: QuantizeConfig) -> dict[str, int]:
