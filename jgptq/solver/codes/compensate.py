@@ -109,15 +109,9 @@ def compensate(
         run=block if group_size > block else _run_of_blocks(k, block),
         spec=spec,
     )
-    zeros_n = jnp.zeros_like(w_kn[0])
-    state = _State(
-        w_kn,
-        jnp.zeros((0 if drift is None else k, n), w_kn.dtype),
-        jnp.zeros((k, n), jnp.uint8),
-        empty if fixed is None else fixed[0],
-        zeros_n,
-        zeros_n,
-    )
+    current_kn, zeros_n = jnp.zeros((0 if drift is None else k, n), w_kn.dtype), jnp.zeros_like(w_kn[0])
+    grid = empty if fixed is None else fixed[0]
+    state = _State(w_kn, current_kn, jnp.zeros((k, n), jnp.uint8), grid, zeros_n, zeros_n)
     state = jax.lax.fori_loop(0, k // loop.run, loop.quantize_run, state)
     return Compensated(state.codes_kn, state.grid, state.loss_n, state.moved_n)
 

@@ -4,6 +4,7 @@ The solver's loop is greedy: it never returns to a row's code. Here every code i
 scale and zero point of its group. The loss cannot rise; see `refine`.
 """
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -66,22 +67,39 @@ def refine(
       Codes and grids.
     """
     k = target_kn.shape[0]
-    block = solver_block(k, group_size)
-    part = min(group_size, block)  # rows on one grid within a block
+    descent = _Descent(h=h, group_size=group_size, block=solver_block(k, group_size), sweeps=sweeps, bits=bits, sym=sym)
+    carry = Refined(codes_kn, grid), h.times(target_kn - _points(codes_kn, grid))
+    refined, _ = jax.lax.fori_loop(0, rounds * (k // descent.block), descent.refine_block, carry)
+    return refined
 
-    def refine_block(index: jax.Array, carry: tuple[Refined, jax.Array]) -> tuple[Refined, jax.Array]:
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Descent:
+    """What stays the same from block to block, and the step that is made of it."""
+
+    h: Matrix
+    group_size: int
+    block: int  # rows whose codes are chosen with one residual gradient in a cache
+    sweeps: int
+    bits: int
+    sym: bool
+
+    def refine_block(self, index: jax.Array, carry: tuple[Refined, jax.Array]) -> tuple[Refined, jax.Array]:
+        """Chooses the codes of a block again, and re-fits the groups that end with it."""
         refined, gradient_kn = carry
-        start = (index % (k // block)) * block
-        h_bk = h.rows(start, block)
+        block, group_size = self.block, self.group_size
+        part = min(group_size, block)  # rows on one grid within a block
+        start = (index % (gradient_kn.shape[0] // block)) * block
+        h_bk = self.h.rows(start, block)
         h_bb = jax.lax.dynamic_slice_in_dim(h_bk, start, block, axis=1)
         codes_bn = jax.lax.dynamic_slice_in_dim(refined.codes_kn, start, block)
         gradient_bn = jax.lax.dynamic_slice_in_dim(gradient_kn, start, block)
         group = start // group_size
         of_block = jax.tree.map(lambda all_gn: jax.lax.dynamic_slice_in_dim(all_gn, group, block // part), refined.grid)
         before_bn = _points(codes_bn, of_block)
-        codes_bn, gradient_bn = _sweep(codes_bn, gradient_bn, h_bb, of_block, bits, sweeps)
+        codes_bn, gradient_bn = _sweep(codes_bn, gradient_bn, h_bb, of_block, self.bits, self.sweeps)
         if group_size <= block:
-            of_block = _refit_groups(codes_bn, of_block, gradient_bn, h_bb, bits, sym)
+            of_block = _refit_groups(codes_bn, of_block, gradient_bn, h_bb, self.bits, self.sym)
         moved_bn = _points(codes_bn, of_block) - before_bn
         grid = jax.tree.map(
             lambda all_gn, new: jax.lax.dynamic_update_slice_in_dim(all_gn, new, group, 0), refined.grid, of_block
@@ -91,14 +109,10 @@ def refine(
         if group_size > block:
             refined, gradient_kn = jax.lax.cond(
                 (start + block) % group_size == 0,
-                lambda: _refit_wide(refined, gradient_kn, h, group, group_size, bits, sym),
+                lambda: _refit_wide(refined, gradient_kn, self.h, group, group_size, self.bits, self.sym),
                 lambda: (refined, gradient_kn),
             )
         return refined, gradient_kn
-
-    gradient_kn = h.times(target_kn - _points(codes_kn, grid))
-    refined, _ = jax.lax.fori_loop(0, rounds * (k // block), refine_block, (Refined(codes_kn, grid), gradient_kn))
-    return refined
 
 
 def refit_grid(
