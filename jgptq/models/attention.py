@@ -15,7 +15,7 @@ _MAX_CHUNKS = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Scores:
+class Scoring:
     """How the products of queries and keys become scores."""
 
     scale: float  # factor of the products, 1 / sqrt(F) as a rule
@@ -27,10 +27,10 @@ def causal_attention(
     q: Float[jax.Array, "b S H F"],
     k: Float[jax.Array, "b S J F"],
     v: Float[jax.Array, "b S J F"],
-    scores: Scores,
+    scoring: Scoring,
     slopes: Float[np.ndarray, " H"] | None = None,
 ) -> Float[jax.Array, "b S H F"]:
-    """`softmax(scores(q k^T)) v` over the positions up to each query's own; H/J query heads share a key-value head.
+    """`softmax(score(q k^T)) v` over the positions up to each query's own; H/J query heads share a key-value head.
 
     Runs one key-value head of one sample at a time and its queries in chunks, against the keys that some query of the chunk
     sees: so half of the scores are never computed, and those in memory fit a CPU's cache. Scores and sums are float32; the
@@ -40,14 +40,14 @@ def causal_attention(
       q: queries `[b, S, H, F]`.
       k: keys `[b, S, J, F]`.
       v: values `[b, S, J, F]`.
-      scores: their scale, bound and window.
+      scoring: scale, bound and window of the scores.
       slopes: of ALiBi (arXiv 2108.12409), `[H]`: the distance between query and key times its head's slope is subtracted from
         the score.
 
     Returns:
       The heads' outputs `[b, S, H, F]`, in the dtype of `v`.
     """
-    return jax.lax.map(lambda row: _one_sample(row[0], row[1], row[2], scores, slopes), (q, k, v))
+    return jax.lax.map(lambda row: _one_sample(row[0], row[1], row[2], scoring, slopes), (q, k, v))
 
 
 def alibi_slopes(heads: int) -> Float[np.ndarray, " H"]:
@@ -65,7 +65,7 @@ def _one_sample(
     q: Float[jax.Array, "S H F"],
     k: Float[jax.Array, "S J F"],
     v: Float[jax.Array, "S J F"],
-    scores: Scores,
+    scoring: Scoring,
     slopes: np.ndarray | None,
 ) -> Float[jax.Array, "S H F"]:
     length, heads, width = q.shape
@@ -74,7 +74,7 @@ def _one_sample(
     k_heads, v_heads = k.transpose(1, 0, 2), v.transpose(1, 0, 2)
     shared_slopes = None if slopes is None else jnp.asarray(slopes).reshape(shared, heads // shared)
     mixed = jax.lax.map(
-        lambda head: _one_head(head[0], head[1], head[2], head[3], scores), (q_heads, k_heads, v_heads, shared_slopes)
+        lambda head: _one_head(head[0], head[1], head[2], head[3], scoring), (q_heads, k_heads, v_heads, shared_slopes)
     )
     return mixed.transpose(2, 0, 1, 3).reshape(q.shape)
 
@@ -84,15 +84,15 @@ def _one_head(
     k: Float[jax.Array, "S F"],
     v: Float[jax.Array, "S F"],
     slopes: Float[jax.Array, " g"] | None,
-    scores: Scores,
+    scoring: Scoring,
 ) -> Float[jax.Array, "g S F"]:
     length = q.shape[1]
     size = max(_CHUNK, -(-length // _MAX_CHUNKS))
     chunks = []
     for start in range(0, length, size):
         stop = min(start + size, length)
-        first = 0 if scores.window is None else max(0, start - scores.window + 1)
-        chunks.append(_chunk(q[:, start:stop], k[first:stop], v[first:stop], slopes, start - first, scores))
+        first = 0 if scoring.window is None else max(0, start - scoring.window + 1)
+        chunks.append(_chunk(q[:, start:stop], k[first:stop], v[first:stop], slopes, start - first, scoring))
     return chunks[0] if len(chunks) == 1 else jnp.concatenate(chunks, axis=1)
 
 
@@ -102,14 +102,14 @@ def _chunk(
     v: Float[jax.Array, "M F"],
     slopes: Float[jax.Array, " g"] | None,
     ahead: int,
-    rule: Scores,
+    scoring: Scoring,
 ) -> Float[jax.Array, "g C F"]:
     """Attention of consecutive queries, the first of which stands `ahead` positions behind the first key."""
     group, queries, width = q.shape
     products = jnp.matmul(q.reshape(-1, width), k.T, preferred_element_type=jnp.float32)
-    scores = softcapped(products * rule.scale, rule.softcap)
+    scores = softcapped(products * scoring.scale, scoring.softcap)
     distance = jnp.arange(queries)[:, None] + ahead - jnp.arange(k.shape[0])[None, :]
-    visible = distance >= 0 if rule.window is None else (distance >= 0) & (distance < rule.window)
+    visible = distance >= 0 if scoring.window is None else (distance >= 0) & (distance < scoring.window)
     scores = scores.reshape(group, queries, -1)
     if slopes is not None:
         scores = scores - slopes[:, None, None] * distance[None].astype(jnp.float32)

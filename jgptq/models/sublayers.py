@@ -6,7 +6,7 @@ import jax
 from flax import nnx
 
 from jgptq.models.architecture.config import AlibiPositions, ModelConfig
-from jgptq.models.attention import Scores, alibi_slopes, causal_attention
+from jgptq.models.attention import Scoring, alibi_slopes, causal_attention
 from jgptq.models.layers import Linear, RMSNorm
 from jgptq.models.rotary import RopeConfig, rotary_tables, rotate
 from jgptq.notation import Float
@@ -48,8 +48,8 @@ class Attention(nnx.Module):
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         slopes = alibi_slopes(config.num_attention_heads) if isinstance(config.positions, AlibiPositions) else None
         scale = (config.query_pre_attn_scalar or config.head_dim) ** -0.5
-        scores = Scores(scale=scale, softcap=config.attn_logit_softcapping, window=self.window)
-        mixed = causal_attention(q, k, v, scores, slopes)
+        scoring = Scoring(scale=scale, softcap=config.attn_logit_softcapping, window=self.window)
+        mixed = causal_attention(q, k, v, scoring, slopes)
         return mixed.reshape(batch, length, -1)
 
 

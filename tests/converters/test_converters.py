@@ -29,6 +29,7 @@ FAMILIES = [
     {"model_type": "qwen3", "qk_norm": "head"},
     tiny.OPT,
     tiny.OPT_350M,
+    tiny.GEMMA2,
 ]
 
 
@@ -46,7 +47,7 @@ def test_float_folder_reads_back_as_it_was_written(tmp_path: Path, changes: dict
     ("bits", "sym", "file_format"),
     [(4, True, "gptq"), (4, True, "gptq_v2"), (3, False, "gptq_v2"), (2, True, "gptq"), (8, False, "gptq_v2")],
 )
-@pytest.mark.parametrize("changes", [*FAMILIES[:3], tiny.OPT_350M])
+@pytest.mark.parametrize("changes", [*FAMILIES[:3], tiny.OPT_350M, tiny.GEMMA2])
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_quantized_folder_reads_back_as_it_was_written(tmp_path: Path, changes: dict, bits: int, sym: bool, file_format):
     quantized, _ = jgptq.quantize(tiny.decoder(**changes), method="rtn", bits=bits, sym=sym, group_size=32)

@@ -20,7 +20,7 @@ FORMS = [
     ({"qkv_bias": True}, ["mlp.gate_up_proj"]),
     (tiny.OPT_350M, ["mlp.up_proj"]),
     ({"block_form": "parallel", "norm": "layer"}, ["mlp.gate_up_proj"]),
-    ({"block_form": "sandwich", "norm_offset": 1.0}, ["mlp.gate_up_proj"]),
+    (tiny.GEMMA2, ["mlp.gate_up_proj"]),
 ]
 
 

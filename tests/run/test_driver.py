@@ -36,7 +36,7 @@ FORMS = {
     "opt-350m": tiny.OPT_350M,
     "parallel": {"block_form": "parallel"},
     "output": {"block_form": "output", "qk_norm": "width"},
-    "sandwich": {"block_form": "sandwich", "norm_offset": 1.0, "attn_logit_softcapping": 1.0, "final_logit_softcapping": 2.0},
+    "gemma2": tiny.GEMMA2,
 }
 
 

@@ -31,6 +31,19 @@ OPT: dict[str, Any] = {
 """What makes an OPT of a tiny decoder, norms before the sublayers."""
 OPT_350M = OPT | {"block_form": "post", "embedding_width": 32}
 """Norms after them, and token vectors narrower than the residual stream."""
+GEMMA2 = {
+    "model_type": "gemma2",
+    "block_form": "sandwich",
+    "norm_offset": 1.0,
+    "embedding_scaled": True,
+    "hidden_act": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 24,
+    "attn_logit_softcapping": 1.0,
+    "final_logit_softcapping": 2.0,
+    "tie_word_embeddings": True,
+    "layer_windows": (8, None),
+}
+"""What makes a Gemma 2 of a tiny decoder: four norms a block, bounded scores and logits, a window in every other block."""
 
 
 def config(**changes: Any) -> ModelConfig:
