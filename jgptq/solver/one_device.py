@@ -187,6 +187,10 @@ class OneDevice:
         """L, to be read."""
         return WholeTriangular(values)
 
+    def after(self, value: jax.Array, done: jax.Array) -> jax.Array:
+        """The value."""
+        return value
+
     def on_matrices(self, function: Callable[..., tuple[Any, Any]], *matrices: jax.Array | None) -> tuple[Any, Any]:
         """Calls the function."""
         return function(*matrices)

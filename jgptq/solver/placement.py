@@ -171,6 +171,10 @@ class Placement(Protocol):
         """L, to be read; from `Factor.kk`, and `L_BB^-T` of its blocks."""
         ...
 
+    def after(self, value: jax.Array, done: jax.Array) -> jax.Array:
+        """The value, unchanged, for what must not begin before `done` is there: collectives that depend on nothing may meet."""
+        ...
+
     def on_matrices(self, function: Callable[..., tuple[Any, Any]], *matrices: Any) -> tuple[Any, Any]:
         """Calls a function of matrices that returns a matrix, or None, and arrays that are the same on every device."""
         ...

@@ -143,7 +143,9 @@ def _solve(w_kn: jax.Array, prepared: Prepared, residual_kn: jax.Array | None, c
 
     def on_device(columns: tuple[jax.Array, jax.Array | None], prepared: Prepared) -> Solution:
         w_kn, residual_kn = columns
-        h = prepared.placement.matrix(prepared.h_kk)
+        placement, h = prepared.placement, prepared.placement.matrix(prepared.h_kk)
+        diag_k = h.diagonal()
+        w_kn = placement.after(w_kn, diag_k)
         result = method.quantize(w_kn, residual_kn, prepared)
         solution = Solution(
             codes_kn=result.codes_kn,
@@ -165,8 +167,8 @@ def _solve(w_kn: jax.Array, prepared: Prepared, residual_kn: jax.Array | None, c
         if method.is_nearest:
             return solution._replace(rtn_loss_n=solution.loss_n)
         # After the loop, whose memory is free by then.
-        w_kn, _ = jax.lax.optimization_barrier((w_kn, solution.loss_n))
-        return solution._replace(rtn_loss_n=loss_of(round_to_nearest(w_kn, config, h.diagonal())))
+        w_kn, _ = jax.lax.optimization_barrier((placement.after(w_kn, solution.loss_n), solution.loss_n))
+        return solution._replace(rtn_loss_n=loss_of(round_to_nearest(w_kn, config, diag_k)))
 
     return diagnose(prepared.placement.on_columns(on_device, (w_kn, residual_kn), prepared), w_kn)
 

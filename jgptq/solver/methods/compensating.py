@@ -50,6 +50,7 @@ class Compensating(abc.ABC):
     ) -> Quantized:
         """`jgptq.solver.methods.base.Method.quantize`."""
         problem = Problem.of(prepared)
+        w_kn = prepared.placement.after(w_kn, problem.diag_k)
         target_kn = shifted_target(
             w_kn, problem.inverse_times, problem.drift, residual_kn, self.target_shift, self.residual_shift
         )
