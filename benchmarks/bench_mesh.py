@@ -65,7 +65,7 @@ class Abstract:
         self.h_kk = self._matrix(mesh)
         tokens = abstract((), jnp.int32, replicated(mesh))
         rows = self.h_kk.values.shape[0]
-        drift = slabs.SlabDriftSum(self._matrix(mesh), abstract((rows, N), jnp.float32, by_columns(mesh)), tokens, N)
+        drift = slabs.SlabDriftSum(self._matrix(mesh), abstract((rows, N), jnp.float32, by_columns(mesh)), tokens, K, N, mesh)
         self.total = StageSums(slabs.SlabSum(self.h_kk, tokens), drift)
         wide, narrow = (abstract((TOKENS, size), jnp.bfloat16, by_tokens(mesh)) for size in (K, N))
         self.batch = wide, wide, narrow

@@ -183,7 +183,7 @@ def programs() -> dict[str, np.ndarray]:
         matrix = jax.ShapeDtypeStruct((k, k), jnp.float32, sharding=by_columns(mesh))
         narrow = jax.ShapeDtypeStruct((k, 256), jnp.float32, sharding=by_columns(mesh))
         h = slabs.Slabs(matrix, k, mesh)  # type: ignore[arg-type]
-        drift = slabs.SlabDriftSum(h, narrow, jnp.int32(0), 256)  # type: ignore[arg-type]
+        drift = slabs.SlabDriftSum(h, narrow, jnp.int32(0), k, 256, mesh)  # type: ignore[arg-type]
         tokens = [jax.ShapeDtypeStruct((64, wide), jnp.bfloat16, sharding=by_tokens(mesh)) for wide in (k, k, 256)]
         prepared = Prepared(
             h_kk=h,
