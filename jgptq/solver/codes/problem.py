@@ -1,6 +1,7 @@
 """The problem that methods with error compensation solve, and what every method gives back."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple, Self
 
 import jax
@@ -24,6 +25,7 @@ class Problem:
     u_cbb: Float[jax.Array, "C B B"]  # L_BB^-T of each block of the loop
     sequence: Sequence
     drift: Matrix | None  # 2/T X^T (X_f - X), in file order
+    after: Callable[[jax.Array, jax.Array], jax.Array]  # `jgptq.solver.placement.Placement.after`
 
     @classmethod
     def of(cls, prepared: Prepared) -> Self:
@@ -47,6 +49,7 @@ class Problem:
             u_cbb=prepared.u_cbb,
             sequence=prepared.sequence,
             drift=None if prepared.drift_kk is None else placement.matrix(prepared.drift_kk),
+            after=placement.after,
         )
 
     def inverse_times(self, b_kn: Float[jax.Array, "K N"]) -> Float[jax.Array, "K N"]:

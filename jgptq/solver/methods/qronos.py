@@ -24,6 +24,7 @@ class Qronos(Compensating):
         start_kn = target_kn[rows_k]
         if problem.drift is not None:
             drift, first = problem.drift.permuted(rows_k), problem.diag_k[rows_k[0]]
+            w_kn = problem.after(w_kn, target_kn)
             start_kn = qronos_start(w_kn[rows_k], start_kn, problem.factor, first, drift, self.target_shift)
         return self.loop.quantize(start_kn, target_kn, problem, measured=False)
 
