@@ -5,7 +5,8 @@ from typing import Any
 
 from jgptq.errors import ArchitectureError, CheckpointError
 from jgptq.models.architecture.config import ACTIVATIONS, DTYPES, LearnedPositions, ModelConfig, Positions
-from jgptq.models.architecture.families import REQUIRED, SWITCHES, Family, Window, family_of
+from jgptq.models.architecture.families import SWITCHES, family_of
+from jgptq.models.architecture.row import REQUIRED, Family, Window
 from jgptq.models.rotary import RopeConfig
 
 

@@ -1,0 +1,56 @@
+"""A row of the table of architectures: which keys a `config.json` has, which switches the family shares, and its names."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+REQUIRED = object()
+"""The default of a key that every file has to have."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """Where a switch of `ModelConfig` stands in a `config.json`."""
+
+    name: str
+    default: Any = REQUIRED  # what the file says where it is silent
+    values: Mapping[Any, Any] = dataclasses.field(default_factory=dict)  # what the file says -> the switch, where they differ
+
+    def read(self, stored: Any) -> Any:
+        """The switch that the file's value stands for."""
+        return self.values.get(stored, stored)
+
+    def stored(self, switch: Any) -> Any:
+        """The file's value that stands for a switch; the last one where there are several."""
+        return next((stored for stored, read in reversed(list(self.values.items())) if read == switch), switch)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Window:
+    """How a `config.json` limits attention to a sliding window.
+
+    The blocks that it limits are one of
+
+        all          every block
+        opt_in       where `use_sliding_window` is true, those of `layer_types`, or else those from `max_window_layers` on
+        alternating  those of `layer_types`, or else every other block, beginning with the first
+    """
+
+    default: int  # the width where the file is silent
+    blocks: str = "opt_in"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Family:
+    """One architecture."""
+
+    hf_class: str  # transformers' class, for `architectures`
+    keys: Mapping[str, Key]  # switch of `ModelConfig` -> where it stands in the file
+    fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # switches that all models of the family share
+    positions: str = "rotary"  # rotary or learned
+    max_positions: int = 2048  # of `max_position_embeddings`, where the file is silent
+    position_offset: int = 0  # of learned positions: the row of the table that belongs to position 0
+    partial_rotary: float | None = None  # part of a head that is rotated, where the file is silent; None: all of it, always
+    window: Window | None = None  # None: attention sees all positions
+    decoder: str = "model"  # what stands before the names of all modules but the output projection
+    modules: Mapping[str, str] = dataclasses.field(default_factory=dict)  # path in a block, or top-level name -> name in the file

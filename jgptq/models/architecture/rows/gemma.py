@@ -1,0 +1,48 @@
+"""The Gemma families: norms that store their distance from one, scaled token vectors, bounded scores."""
+
+from collections.abc import Mapping
+
+from jgptq.models.architecture.row import Family, Key, Window
+from jgptq.models.architecture.rows.common import ATTENTION_BIAS, COMMON, LLAMA_NORMS, TANH
+
+ROWS: Mapping[str, Family] = {
+    "gemma": Family(
+        hf_class="GemmaForCausalLM",
+        keys=COMMON
+        | ATTENTION_BIAS
+        | {
+            "num_key_value_heads": Key("num_key_value_heads", 16),
+            "head_dim": Key("head_dim", 256),
+            # The first files say "gelu" and mean its approximation.
+            "hidden_act": Key("hidden_act", TANH, {"gelu": TANH, TANH: TANH}),
+            "tie_word_embeddings": Key("tie_word_embeddings", True),
+        },
+        fixed={"norm_offset": 1.0, "embedding_scaled": True},
+        max_positions=8192,
+        modules=LLAMA_NORMS,
+    ),
+    # arXiv 2408.00118.
+    "gemma2": Family(
+        hf_class="Gemma2ForCausalLM",
+        keys=COMMON
+        | ATTENTION_BIAS
+        | {
+            "num_key_value_heads": Key("num_key_value_heads", 4),
+            "head_dim": Key("head_dim", 256),
+            "hidden_act": Key("hidden_activation", TANH),
+            "query_pre_attn_scalar": Key("query_pre_attn_scalar", 256),
+            "attn_logit_softcapping": Key("attn_logit_softcapping", 50.0),
+            "final_logit_softcapping": Key("final_logit_softcapping", 30.0),
+            "tie_word_embeddings": Key("tie_word_embeddings", True),
+        },
+        fixed={"block_form": "sandwich", "norm_offset": 1.0, "embedding_scaled": True},
+        max_positions=8192,
+        window=Window(default=4096, blocks="alternating"),
+        modules={
+            "attn_norm": "input_layernorm",
+            "attn_out_norm": "post_attention_layernorm",
+            "mlp_norm": "pre_feedforward_layernorm",
+            "mlp_out_norm": "post_feedforward_layernorm",
+        },
+    ),
+}
