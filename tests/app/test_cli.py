@@ -155,7 +155,7 @@ def test_seed_chooses_other_samples(model: Path, calib: str, tmp_path: Path):
         (["quantize", "MODEL", "OUT", "--calib", "CALIB", "--asym"], "use 'gptq_v2'"),
         (
             ["quantize", "MODEL", "OUT", "--calib", "CALIB", "--seq-len", 16, "--format", "float"],
-            "written as 'gptq' or 'gptq_v2'",
+            "written as one of gptq, gptq_v2, compressed-tensors, found 'float'",
         ),
         (["quantize", "MODEL", "MODEL", "--calib", "CALIB"], "exists; choose another folder"),
         (["quantize", "MODEL", "OUT", "--calib", "CALIB"], "expected at least seq_len=2048 tokens"),

@@ -69,8 +69,8 @@ def test_a_run_stopped_while_tuning_finds_what_was_not_tuned_yet(tmp_path: Path,
     tiny.assert_same(load_hf(whole.finish(quantized, report)), quantized)  # what was tuned, not what the blocks held before
 
     class StoppedInFinish(FolderSink):
-        def _encoded(self, parts, params):
-            for path, name, array in super()._encoded(parts, params):
+        def _encoded(self, parts):
+            for path, name, array in super()._encoded(parts):
                 if path == "norm":  # every block is in its place, tuned
                     raise Stopped
                 yield path, name, array
