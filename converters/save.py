@@ -58,7 +58,8 @@ def save_hf(
     refuse_unfinished(out, overwrite)
     if any(isinstance(getattr(module, attribute).get_value(), RuntimeTensor) for _, module, attribute in leaves(params)):
         raise ConfigError("the decoder is in the runtime layout, which files do not hold; save what `for_serving` was given")
-    cast = _float_dtype(format, dtype)
+    check_dtype(format, dtype)
+    cast = None if dtype is None else next(known for known in DTYPES.values() if known.name == dtype)
     if format == ORBAX:
         return save_orbax(params, out, report=report)
     writer = writer_of(format, more=(ORBAX,))
@@ -81,14 +82,13 @@ def save_hf(
     return shards.finish()
 
 
-def _float_dtype(format: str, dtype: str | None) -> np.dtype | None:
-    """The dtype to cast to."""
-    if dtype is None:
-        return None
-    if format != "float":
-        raise ConfigError(
-            f"dtype casts the tensors of format 'float'; format {format!r} keeps the dtype of each, so leave it out"
-        )
-    if dtype not in FLOATS:
+def check_dtype(format: str, dtype: str | None) -> None:
+    """Refuses a dtype that the tensors of a format cannot be cast to.
+
+    Raises:
+      ConfigError: an unknown dtype, or a format that keeps the dtype of each tensor.
+    """
+    if dtype is not None and format != "float":
+        raise ConfigError(f"dtype casts the tensors of format 'float'; {format!r} keeps the dtype of each, so leave it out")
+    if dtype not in (None, *FLOATS):
         raise ConfigError(f"dtype must be one of {', '.join(FLOATS)}, found {dtype!r}")
-    return next(known for known in DTYPES.values() if known.name == dtype)

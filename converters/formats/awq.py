@@ -9,7 +9,6 @@ import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import jax.numpy as jnp
 import numpy as np
 
 from converters.formats.base import Format
@@ -19,7 +18,6 @@ from jgptq.models.packed import PackedTensor
 from jgptq.settings.rule import Rule
 from jgptq.settings.run import QuantizeConfig
 from jgptq.settings.sizes import group_rows
-from pallas_kernels.packing import pack_codes
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """The column that each nibble of a word holds."""
@@ -71,7 +69,10 @@ class AwqReader:
 
 
 def _packed(codes: np.ndarray) -> np.ndarray:
-    return np.asarray(pack_codes(jnp.asarray(codes), BITS))
+    """`pallas_kernels.packing.pack_codes` for 4 bits, in numpy: nothing is compiled for the many shapes of a checkpoint."""
+    shifts = BITS * np.arange(8, dtype=np.uint32)[:, None]
+    nibbles = codes.reshape(-1, 8, codes.shape[1]).astype(np.uint32) << shifts
+    return np.bitwise_or.reduce(nibbles, axis=1).view(np.int32)
 
 
 def unpack_nibbles(words: np.ndarray) -> np.ndarray:

@@ -112,6 +112,11 @@ class CompressedWriter:
             for used in used_settings(config)
             if used.group_size not in served
         ]
+        if not all(used.sym for used in used_settings(config)):
+            sentences.append(
+                "transformers (5.24 with compressed-tensors 0.20) loads asymmetric files only where all linears have the same "
+                "settings, and with quantization_config=CompressedTensorsConfig(dequantize=True); vLLM loads them"
+            )
         if reordered:
             sentences.append(
                 "compressed-tensors from 0.20 on refuses actorder 'group', which order 'desc_act' needs; orders 'static' and "

@@ -65,8 +65,10 @@ def quantize(
     with compile_cache(cache):
         import jgptq
         from converters import FolderSink, load_hf
+        from jgptq.run.driver import refuse_quantized
 
         params = load_hf(model, dtype)
+        refuse_quantized(params)
         tokens = None if calib is None else jgptq.calibration_tokens(calib, params.tokenizer_path, samples, seq_len, seed)
         sink = FolderSink(
             out,
