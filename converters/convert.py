@@ -7,10 +7,10 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from converters.describe import REPORT, kernels_of
-from converters.folders import refuse_existing
 from converters.load import load_hf
 from converters.names import leaves
+from converters.output.describe import REPORT, kernels_of
+from converters.output.folders import refuse_existing
 from converters.save import check_dtype, save_hf
 from jgptq.errors import CheckpointError, ConfigError
 from jgptq.models import Decoder, checkpoint_name

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from converters.checkpoint import INDEX, SINGLE
-from converters.folders import JOURNAL, ORBAX
+from converters.output.folders import JOURNAL, ORBAX
 from jgptq.errors import ConfigError, OutputError
 
 

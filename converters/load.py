@@ -8,10 +8,10 @@ import numpy as np
 from flax import nnx
 
 from converters.checkpoint import Checkpoint, open_checkpoint, read_json, resolve_folder
-from converters.folders import ORBAX
 from converters.formats import Reader, reader_of
 from converters.names import IGNORED, LEAVES, leaves, unit_leaves
 from converters.orbax import load_orbax_folder
+from converters.output.folders import ORBAX
 from jgptq.errors import CheckpointError
 from jgptq.models import Decoder, ModelConfig, Origin, Unit, checkpoint_name, config_from_hf
 from jgptq.models.memory import copy_module

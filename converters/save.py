@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 
 from converters.checkpoint import DTYPES
-from converters.describe import layouts_of, settings_of, write_description
-from converters.encode import Encoding
-from converters.folders import ORBAX, refuse_existing, refuse_unfinished
 from converters.formats import refuse, writer_of
 from converters.names import leaves
 from converters.orbax import save_orbax
-from converters.shards import ShardWriter
+from converters.output.describe import layouts_of, settings_of, write_description
+from converters.output.encode import Encoding
+from converters.output.folders import ORBAX, refuse_existing, refuse_unfinished
+from converters.output.shards import ShardWriter
 from jgptq.errors import ConfigError
 from jgptq.models import Decoder
 from jgptq.models.packed import RuntimeTensor

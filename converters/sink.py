@@ -13,14 +13,14 @@ from flax import nnx
 from safetensors.numpy import save
 
 from converters.checkpoint import Checkpoint, TensorEntry, read_header
-from converters.describe import write_description
-from converters.encode import Encoding
-from converters.folders import JOURNAL, partial_folder, refuse_existing
 from converters.formats import FORMATS, Layout, Reader, Writer, Written, check_format, reader_of
 from converters.formats.settings import HEAD
 from converters.load import load_unit
 from converters.names import leaves, unit_leaves
-from converters.shards import ShardWriter, TensorSpec, parse_size
+from converters.output.describe import write_description
+from converters.output.encode import Encoding
+from converters.output.folders import JOURNAL, partial_folder, refuse_existing
+from converters.output.shards import ShardWriter, TensorSpec, parse_size
 from jgptq.errors import ConfigError, OutputError
 from jgptq.models import Decoder, Unit, checkpoint_name
 from jgptq.run.plan import settings_by_path, unit_prefix, units

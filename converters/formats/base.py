@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 
-from converters.shards import TensorSpec
+from converters.output.shards import TensorSpec
 from jgptq.models import ModelConfig
 from jgptq.models.packed import PackedTensor
 from jgptq.settings.run import QuantizeConfig

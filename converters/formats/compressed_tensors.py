@@ -18,7 +18,7 @@ from converters.formats.gptq import stored_groups
 from converters.formats.schemes import Scheme, Schemes, read_schemes
 from converters.formats.settings import HEAD, meta_of, own_settings, patterns, recorded, settings_from, used_settings
 from converters.formats.words import constant_words
-from converters.shards import TensorSpec
+from converters.output.shards import TensorSpec
 from jgptq.errors import CheckpointError, ConfigError
 from jgptq.models import checkpoint_name
 from jgptq.models.packed import PackedTensor

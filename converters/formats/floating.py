@@ -6,7 +6,7 @@ from typing import ClassVar
 import numpy as np
 
 from converters.formats.base import Format, Layout, Written
-from converters.shards import TensorSpec
+from converters.output.shards import TensorSpec
 from jgptq.models.packed import PackedTensor
 from jgptq.settings.run import QuantizeConfig
 from jgptq.settings.solver import SolverConfig

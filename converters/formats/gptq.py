@@ -16,7 +16,7 @@ import numpy as np
 from converters.formats.base import INT32, Format, Layout, Written
 from converters.formats.settings import HEAD, meta_of, patterns, recorded, used_settings
 from converters.formats.words import constant_words
-from converters.shards import TensorSpec
+from converters.output.shards import TensorSpec
 from jgptq.errors import ArchitectureError, CheckpointError, ConfigError
 from jgptq.models import ModelConfig
 from jgptq.models.packed import PackedTensor

@@ -14,8 +14,8 @@ from tiny import assert_same
 import converters
 import jgptq
 from converters import convert, load_hf, save_hf
-from converters.describe import kernels_of
 from converters.names import leaves
+from converters.output.describe import kernels_of
 from jgptq.errors import CheckpointError, ConfigError, OutputError
 from jgptq.models import Decoder
 from jgptq.models.packed import PackedTensor, unpack

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 import jgptq
 from converters import FolderSink, load_hf, save_hf
 from converters.checkpoint import SINGLE
-from converters.describe import kernels_of
 from converters.formats import reader_of
 from converters.formats.awq import unpack_nibbles
 from converters.formats.schemes import read_schemes
+from converters.output.describe import kernels_of
 from jgptq.errors import ArchitectureError, CheckpointError, ConfigError
 from jgptq.models import Decoder
 from jgptq.models.packed import PackedTensor

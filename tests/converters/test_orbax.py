@@ -13,7 +13,7 @@ from tiny import assert_same
 
 import jgptq
 from converters import load_hf, load_orbax, save_hf
-from converters.describe import COPIED
+from converters.output.describe import COPIED
 from jgptq.errors import CheckpointError
 from jgptq.models import Decoder
 

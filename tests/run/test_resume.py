@@ -10,7 +10,7 @@ import tiny
 
 import jgptq
 from converters import FolderSink, load_hf, save_hf
-from converters.shards import ShardWriter
+from converters.output.shards import ShardWriter
 from jgptq.errors import CalibrationError, ConfigError, OutputError
 from jgptq.run import stage, tiles
 

@@ -54,7 +54,7 @@ def quantize(
 
     Example: jgptq quantize Qwen/Qwen3-0.6B out --calib wikitext --bits 4 --group-size 128
     """
-    from converters.folders import refuse_existing
+    from converters.output.folders import refuse_existing
     from converters.sink import check_streamed
     from jgptq.settings.presets import make_config
     from jgptq.settings.rules import rules_from_file

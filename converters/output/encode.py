@@ -8,7 +8,7 @@ import numpy as np
 
 from converters.formats import Layout, Writer
 from converters.names import LEAVES
-from converters.shards import TensorSpec
+from converters.output.shards import TensorSpec
 from jgptq.models import checkpoint_name
 from jgptq.models.packed import PackedTensor
 

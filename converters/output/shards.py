@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from converters.checkpoint import DTYPES, INDEX, SINGLE
-from converters.folders import PartialFolder
+from converters.output.folders import PartialFolder
 from jgptq.errors import ConfigError, OutputError
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from converters.card import CARD, model_card
-from converters.folders import PartialFolder
 from converters.formats import Layout, Writer, Written
+from converters.output.card import CARD, model_card
+from converters.output.folders import PartialFolder
 from jgptq.models import Decoder, checkpoint_name, config_to_hf
 from jgptq.models.packed import PackedTensor
 from jgptq.run.report import Report
