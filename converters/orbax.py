@@ -6,6 +6,7 @@ of its parts `qweight`, `scales`, `zeros` and `group_index`, those that it has. 
 """
 
 import json
+import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +21,7 @@ from converters.formats.settings import meta_of, own_settings, settings_from
 from converters.names import leaves
 from converters.output.describe import config_json, copy_companions, kernels_of, write_card, write_report
 from converters.output.folders import ORBAX, PartialFolder
-from jgptq.errors import CheckpointError
+from jgptq.errors import CheckpointError, OutputError
 from jgptq.models import Decoder, ModelConfig, Origin, config_from_hf
 from jgptq.models.packed import PackedTensor, validate
 from jgptq.run.report import Report
@@ -43,10 +44,16 @@ def save_orbax(params: Decoder, out: Path, *, report: Report | None = None) -> P
     """
     import orbax.checkpoint as ocp
 
-    folder = PartialFolder(out)
+    tree = _tree_of(params)
+    folder = PartialFolder(out, needed=sum(array.nbytes for array in jax.tree.leaves(tree)))
     folder.make(clear=True)
+    try:
+        folder.guard(ORBAX, folder.check_space)
+    except OutputError:
+        shutil.rmtree(folder.folder)  # nothing is in it yet
+        raise
     with ocp.PyTreeCheckpointer() as checkpointer:
-        folder.guard(ORBAX, lambda: checkpointer.save((folder.folder / ORBAX).resolve(), _tree_of(params)))
+        folder.guard(ORBAX, lambda: checkpointer.save((folder.folder / ORBAX).resolve(), tree))
     hf = config_json(params)
     if params.quantization is not None:
         hf["quantization_config"] = {

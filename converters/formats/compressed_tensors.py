@@ -7,7 +7,6 @@ the words are those of GPTQ v2, transposed.
 """
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -22,7 +21,6 @@ from converters.output.shards import TensorSpec
 from jgptq.errors import CheckpointError, ConfigError
 from jgptq.models import checkpoint_name
 from jgptq.models.packed import PackedTensor
-from jgptq.settings.rule import Rule
 from jgptq.settings.run import QuantizeConfig
 from jgptq.settings.sizes import group_rows
 from jgptq.settings.solver import SolverConfig
@@ -50,14 +48,14 @@ class CompressedReader:
         meta = self.quantization.get("meta") or {}
         if "rules" in meta:
             return settings_from(meta)
-        base, *others = self.schemes.by_generality()
+        base = self.schemes.base
         try:
             return QuantizeConfig(
                 bits=base.bits,
                 group_size=base.group_size,
                 sym=base.sym,
                 **recorded({}),
-                rules=self.schemes.skips() + tuple(rule for scheme in others for rule in _rules_of(scheme)),
+                rules=self.schemes.rules(),
                 lm_head=self.schemes.of(HEAD) is not None,
             )
         except ConfigError as error:
@@ -210,16 +208,6 @@ def _ignored(written: Written) -> list[str]:
     paths += ["project_in", "project_out"] if model.projects else []
     names = [checkpoint_name(path, model.model_type) for path in paths]
     return names if written.linears.get(HEAD) is not None else [*names, HEAD]
-
-
-def _rules_of(scheme: Scheme) -> list[Rule]:
-    """Rules that give the linears of a scheme its settings; a class as target matches every name."""
-    grid: dict[str, Any] = {"bits": scheme.bits, "group_size": scheme.group_size, "sym": scheme.sym}
-    return [Rule(pattern=_as_regex(target), **grid) for target in scheme.targets]
-
-
-def _as_regex(target: str) -> str:
-    return target.removeprefix("re:") if target.startswith("re:") else rf"{re.escape(target)}$"
 
 
 def _unless_constant(zeros: np.ndarray, bits: int, n: int) -> np.ndarray | None:

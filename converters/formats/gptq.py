@@ -20,6 +20,7 @@ from converters.output.shards import TensorSpec
 from jgptq.errors import ArchitectureError, CheckpointError, ConfigError
 from jgptq.models import ModelConfig
 from jgptq.models.packed import PackedTensor
+from jgptq.settings.rule import Rule
 from jgptq.settings.rules import first_match, rules_from_dynamic, stored_rules
 from jgptq.settings.run import QuantizeConfig
 from jgptq.settings.sizes import BITS, group_rows
@@ -44,6 +45,7 @@ class GptqReader:
 
     quantization: Mapping[str, Any]
     version: int
+    rules: tuple[Rule, ...]  # of the config, reduced to what tensors depend on
     required: ClassVar[tuple[str, ...]] = ("qweight", "scales", "qzeros")
     optional: ClassVar[tuple[str, ...]] = ("g_idx",)
 
@@ -76,7 +78,7 @@ class GptqReader:
 
     def _declared(self, name: str) -> int:
         """The group size that the config declares for a linear."""
-        rule = first_match(_stored_rules(self.quantization), name)
+        rule = first_match(self.rules, name)
         size = self.quantization["group_size"]
         return size if rule is None else rule.overrides.get("group_size", size)
 
@@ -233,15 +235,14 @@ def _reader(version: int, quantization: Mapping[str, Any]) -> GptqReader:
         or not (group_size == -1 or group_size > 0)
     ):
         raise CheckpointError("config.json: quantization_config needs bits and group_size as integers; fetch the file again")
-    _stored_rules(quantization)
-    return GptqReader(quantization, version)
+    return GptqReader(quantization, version, _stored_rules(quantization))
 
 
 def _stated_version(quantization: Mapping[str, Any]) -> object:
     return quantization.get("checkpoint_format") or quantization.get("format") or "gptq"
 
 
-def _stored_rules(quantization: Mapping[str, Any]) -> tuple[Any, ...]:
+def _stored_rules(quantization: Mapping[str, Any]) -> tuple[Rule, ...]:
     try:
         return stored_rules(quantization.get("dynamic"))
     except ConfigError as error:

@@ -51,15 +51,19 @@ class Schemes:
         by_name = sorted((pair for pair in targets if _matches(name, pair[0])), key=lambda pair: _rank(pair[0]))
         return by_name[0][1] if by_name else None
 
-    def by_generality(self) -> list[Scheme]:
-        """The schemes, that of the class `Linear` first."""
-        return sorted(self.groups, key=lambda scheme: not scheme.has_class)
+    @property
+    def base(self) -> Scheme:
+        """The scheme of the class `Linear`, else the first."""
+        return next((scheme for scheme in self.groups if scheme.has_class), self.groups[0])
 
-    def skips(self) -> tuple[Rule, ...]:
-        """A rule for each linear that is ignored; the head is float without one."""
-        named = [target for target in dict.fromkeys(self.ignore) if target not in ("lm_head", *CLASSES)]
-        regexes = [target.removeprefix("re:") if target.startswith("re:") else rf"{re.escape(target)}$" for target in named]
-        return tuple(Rule(pattern=regex, skip=True) for regex in dict.fromkeys(regexes))
+    def rules(self) -> tuple[Rule, ...]:
+        """The same in rules, of which the first match wins: what is ignored, then names, then regexes. The head is float without
+        a rule, and a class is what the run's own settings are for."""
+        named = [(target, scheme) for scheme in self.groups for target in scheme.targets if target not in CLASSES]
+        grids: dict[str, Scheme | None] = {_regex(target): None for target in self.ignore if target not in (*CLASSES, "lm_head")}
+        for target, scheme in sorted(named, key=lambda pair: _rank(pair[0])):
+            grids.setdefault(_regex(target), scheme)
+        return tuple(_rule(pattern, scheme) for pattern, scheme in grids.items())
 
 
 def read_schemes(quantization: Mapping[str, Any], widths: Sequence[int]) -> Schemes:
@@ -159,3 +163,15 @@ def _matches(name: str, target: str) -> bool:
 def _rank(target: str) -> tuple[bool, bool, str]:
     """Exact names first, then regexes, then classes; of alike ones the first by alphabet."""
     return target in CLASSES, target.startswith("re:"), target
+
+
+def _regex(target: str) -> str:
+    """A target as the pattern of a rule."""
+    return target.removeprefix("re:") if target.startswith("re:") else rf"{re.escape(target)}$"
+
+
+def _rule(pattern: str, scheme: Scheme | None) -> Rule:
+    """A rule that gives linears the grid of a scheme, or leaves them float."""
+    if scheme is None:
+        return Rule(pattern=pattern, skip=True)
+    return Rule(pattern=pattern, bits=scheme.bits, group_size=scheme.group_size, sym=scheme.sym)

@@ -51,16 +51,13 @@ class PartialFolder:
 
     Args:
       out: the folder to make.
+      needed: bytes that its files will take.
     """
 
-    def __init__(self, out: Path):
+    def __init__(self, out: Path, needed: int):
         self.out = out
         self.folder = partial_folder(out)
-
-    @property
-    def needed(self) -> int:
-        """Bytes that the files will take, as far as that is planned."""
-        return 0
+        self.needed = needed
 
     def make(self, *, clear: bool) -> None:
         """Makes the temporary folder.
@@ -77,6 +74,11 @@ class PartialFolder:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(error.errno, f"{self.folder} cannot be made: {error.strerror}; choose another place") from error
+
+    def check_space(self) -> None:
+        """Raises an OSError if the disk has no room for the files, for a writer that cannot reserve it."""
+        if shutil.disk_usage(self.folder).free < self.needed:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def sync(self) -> None:
         """Forces what was written to the disk, the lists of files of the folders included."""

@@ -79,11 +79,11 @@ class ShardWriter(PartialFolder):
     """
 
     def __init__(self, out: Path, specs: Iterable[TensorSpec], *, max_shard_size: int | str = "5GB", resume: bool = False):
-        super().__init__(out)
         self._places: dict[str, _Place] = {}
         self._headers: dict[str, bytes] = {}
         self._sizes: dict[str, int] = {}
         self._plan(list(specs), parse_size(max_shard_size))
+        super().__init__(out, needed=sum(self._sizes.values()))
         self.make(clear=not resume)
         try:
             for file in self._headers:
@@ -92,11 +92,6 @@ class ShardWriter(PartialFolder):
             if not resume:
                 shutil.rmtree(self.folder)  # nothing is in it yet, and what it took would keep the disk full
             raise
-
-    @property
-    def needed(self) -> int:
-        """Bytes of all shards."""
-        return sum(self._sizes.values())
 
     @property
     def files(self) -> list[str]:

@@ -1,5 +1,6 @@
 """Quantized formats of other programs: what is read, what is refused by name, and what is written for them."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -14,15 +15,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import jgptq
-from converters import FolderSink, load_hf, save_hf
+from converters import FolderSink, formats, load_hf, save_hf
 from converters.checkpoint import SINGLE
-from converters.formats import reader_of
+from converters.formats import base, gptq, reader_of
 from converters.formats.awq import unpack_nibbles
 from converters.formats.schemes import read_schemes
 from converters.output.describe import kernels_of
 from jgptq.errors import ArchitectureError, CheckpointError, ConfigError
 from jgptq.models import Decoder
-from jgptq.models.packed import PackedTensor
+from jgptq.models.packed import PackedTensor, pack
 from jgptq.settings.rule import Rule
 from jgptq.settings.rules import resolve
 
@@ -251,6 +252,18 @@ def test_projections_around_the_blocks_are_on_the_list_of_what_is_float(tmp_path
     tiny.assert_same(quantized, load_hf(out))
 
 
+@pytest.mark.filterwarnings("ignore:transformers")
+def test_zero_points_that_are_symmetric_by_chance_are_stored_where_the_scheme_declares_them(tmp_path: Path):
+    quantized, _ = jgptq.quantize(tiny.decoder(), method="rtn", group_size=32, sym=False)
+    linear = quantized.layers[0].mlp.down_proj
+    linear.kernel.set_value(dataclasses.replace(linear.kernel.get_value(), zeros=None))
+    out = save_hf(quantized, tmp_path / "out", format="compressed-tensors")
+    stored = safetensors.numpy.load_file(out / SINGLE)["model.layers.0.mlp.down_proj.weight_zero_point"]
+    assert stored.shape == (8, 3)
+    assert np.all(stored.view(np.uint32) == 0x88888888)
+    tiny.assert_same(quantized, load_hf(out))
+
+
 def test_widths_that_compressed_tensors_does_not_hold_are_refused_before_anything_is_written(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"\(4, 8\) bits, not 3; use 'gptq'"):
         FolderSink(
@@ -290,3 +303,20 @@ def test_a_stopped_run_resumes_in_compressed_tensors(tmp_path: Path, settings: d
     for name in (SINGLE, "config.json", "README.md"):
         assert (whole / name).read_bytes() == (out / name).read_bytes(), name
     tiny.assert_same(load_hf(out), quantized)
+
+
+def test_the_format_that_contributing_adds_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    page = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (example,) = [
+        block for block in re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE) if "BytesReader" in block
+    ]
+    names = vars(gptq) | vars(base) | {"pack": pack, "__name__": "example"}
+    exec(compile(example, "CONTRIBUTING.md", "exec"), names)
+    monkeypatch.setattr(formats, "FORMATS", (*formats.FORMATS, names["BYTES"]))
+    folder, packed, weights = tiny.folder(tmp_path / "model"), {}, {}
+    for seed, (name, shape) in enumerate(foreign.linear_names(folder).items()):
+        codes, scales, zeros = foreign.draw(seed, shape, 32, 4, sym=True)
+        packed[name] = {"codes": codes.astype(np.uint8), "scales": scales}
+        weights[name] = np.repeat(scales.astype(np.float64), 32, axis=0) * (codes - np.repeat(zeros, 32, axis=0))
+    foreign.replace_linears(folder, packed, {"quant_method": "bytes", "group_size": 32})
+    assert_expands_to(load_hf(folder), weights)

@@ -1,6 +1,7 @@
 """Orbax: a model trained in JAX goes in, is quantized and written; packed trees come back."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from tiny import assert_same
 import jgptq
 from converters import load_hf, load_orbax, save_hf
 from converters.output.describe import COPIED
-from jgptq.errors import CheckpointError
+from jgptq.errors import CheckpointError, OutputError
 from jgptq.models import Decoder
 
 pytestmark = pytest.mark.filterwarnings("ignore:vLLM refuses")
@@ -117,3 +118,10 @@ def test_a_packed_tree_is_that_of_the_nnx_state(tmp_path: Path):
         tree = checkpointer.metadata(out / "orbax").item_metadata.tree
     assert sorted(tree) == ["embed_tokens", "layers", "lm_head", "norm"]
     assert sorted(tree["layers"]["0"]["mlp"]["up_proj"]["kernel"]) == ["qweight", "scales"]
+
+
+def test_a_disk_that_is_too_small_is_reported_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10))
+    with pytest.raises(OutputError, match=r"No space left on device; the result needs \d{6} bytes, 10 are free"):
+        save_hf(tiny.decoder(), tmp_path / "out", format="orbax")
+    assert list(tmp_path.iterdir()) == []
