@@ -1,6 +1,6 @@
 """File formats <-> Flax: float and quantized checkpoints in, folders of every format out."""
 
-from converters.convert import convert
+from converters.conversion import convert
 from converters.hub import push_to_hub
 from converters.load import load_hf
 from converters.orbax import load_orbax

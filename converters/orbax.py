@@ -8,7 +8,7 @@ of its parts `qweight`, `scales`, `zeros` and `group_index`, those that it has. 
 import json
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,7 @@ def load_orbax(path: str | Path, config: ModelConfig | str | Path, *, key: str =
       CheckpointError: no orbax checkpoint; arrays that are missing, unexpected or of a wrong shape, all at once.
 
     Example:
-      >>> params = load_orbax("run/step_1000", "Qwen/Qwen3-0.6B-folder", key="model")  # doctest: +SKIP
+      >>> params = load_orbax("run/step_1000", "folder_of_the_float_model", key="model")  # doctest: +SKIP
     """
     origin = None
     if not isinstance(config, ModelConfig):
@@ -137,24 +137,33 @@ def _restore(path: Path, key: str) -> dict[str, np.ndarray]:
             f"{path}: no orbax checkpoint; expected a folder with _METADATA, as StandardCheckpointer writes, such as "
             "run/1000/default of a CheckpointManager"
         )
-    with ocp.PyTreeCheckpointer() as checkpointer, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Sharding info not provided")  # arrays go to host memory, unsharded
-        metadata = checkpointer.metadata(path.resolve()).item_metadata.tree
-        wanted = metadata
-        for part in filter(None, key.split(".")):
-            if not isinstance(wanted, Mapping) or part not in wanted:
-                raise CheckpointError(f"{path}: nothing at {key!r}; the tree begins with {', '.join(sorted(metadata))}")
-            wanted = wanted[part]
-        item = wanted
-        for part in reversed([part for part in key.split(".") if part]):
-            item = {part: item}
-        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
-        restored = checkpointer.restore(
-            path.resolve(), args=ocp.args.PyTreeRestore(item=item, restore_args=as_numpy, partial_restore=True)
-        )
-    for part in filter(None, key.split(".")):
+    within = [part for part in key.split(".") if part]
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Sharding info not provided")  # arrays go to host memory, unsharded
+            stored = checkpointer.metadata(path.resolve()).item_metadata
+            if stored is None:
+                raise ValueError("no list of arrays")
+            item = _only(stored.tree, within, path)
+            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+            wanted = ocp.args.PyTreeRestore(item=item, restore_args=as_numpy, partial_restore=True)
+            restored = checkpointer.restore(path.resolve(), args=wanted)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: the orbax checkpoint is damaged ({error}); fetch or save it again") from error
+    for part in within:
         restored = restored[part]
     return {_dotted(keys): array for keys, array in jax.tree_util.tree_flatten_with_path(restored)[0]}
+
+
+def _only(tree: Any, within: Sequence[str], path: Path) -> Any:
+    """A tree that holds nothing but what is at a path of keys."""
+    if not within:
+        return tree
+    first, *rest = within
+    if not isinstance(tree, Mapping) or first not in tree:
+        there = ", ".join(sorted(map(str, tree))) if isinstance(tree, Mapping) else "an array"
+        raise CheckpointError(f"{path}: nothing at key {first!r}, there is {there}")
+    return {first: _only(tree[first], rest, path)}
 
 
 def _dotted(keys: tuple[Any, ...]) -> str:

@@ -75,12 +75,14 @@ class CompressedReader:
         if scheme.sym != (zeros is None):
             what = "symmetric, but weight_zero_point is there" if scheme.sym else "asymmetric, but weight_zero_point is missing"
             raise CheckpointError(f"{name}: its scheme in config.json is {what}")
-        rows = group_rows(k, scheme.group_size)
+        rows, order = group_rows(k, scheme.group_size), parts.get("weight_g_idx")
+        if order is not None and np.all(order == -1):  # how the compressed-tensors package marks that there is none
+            order = None
         return PackedTensor(
             qweight=parts["weight_packed"].T,
             scales=parts["weight_scale"].T,
             zeros=None if zeros is None else _unless_constant(zeros.T, scheme.bits, n),
-            group_index=stored_groups(f"{name}.weight_g_idx", parts.get("weight_g_idx"), k, rows, -(-k // rows)),
+            group_index=stored_groups(f"{name}.weight_g_idx", order, k, rows, -(-k // rows)),
             bits=scheme.bits,
             group_size=scheme.group_size,
             shape=shape,

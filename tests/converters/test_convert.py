@@ -1,5 +1,6 @@
 """From any format to any other: the same codes, scales and zero points, or an error that says what would be lost."""
 
+import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -14,6 +15,7 @@ from tiny import assert_same
 import converters
 import jgptq
 from converters import convert, load_hf, save_hf
+from converters.conversion import rounded
 from converters.names import leaves
 from converters.output.describe import kernels_of
 from jgptq.errors import CheckpointError, ConfigError, OutputError
@@ -122,6 +124,16 @@ def test_a_float_checkpoint_is_cast_where_its_dtype_holds_it(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"bfloat16 would round 21 tensors: model\.embed_tokens \(float16\)"):
         convert(folder, tmp_path / "narrow", "float", dtype="bfloat16")
     assert_same(tiny.decoder(), load_hf(convert(folder, tmp_path / "same", "float")))
+
+
+def test_a_scale_whose_range_a_dtype_does_not_hold_counts_as_rounded():
+    params, _ = jgptq.quantize(tiny.decoder(), method="rtn", group_size=32, bits=2)
+    assert not any("scale" in phrase for phrase in rounded(params, "float32"))
+    linear = params.layers[0].mlp.down_proj
+    kernel = linear.kernel.get_value()
+    linear.kernel.set_value(dataclasses.replace(kernel, scales=kernel.scales.astype(jnp.bfloat16)))
+    (phrase,) = [phrase for phrase in rounded(params, "float16") if "bfloat16" in phrase]  # 8 + 2 bits would fit into 11
+    assert phrase.startswith("model.layers.0.mlp.down_proj (bfloat16 scale")
 
 
 def test_a_float_checkpoint_cannot_become_codes(tmp_path: Path):

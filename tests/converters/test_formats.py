@@ -190,6 +190,14 @@ def test_compressed_parts_that_contradict_their_scheme_are_named(compressed: tup
         load_hf(folder)
 
 
+def test_an_order_of_minus_ones_is_none(compressed: tuple):
+    folder, weights = compressed
+    tensors = safetensors.numpy.load_file(folder / SINGLE)
+    unset = {"model.layers.0.self_attn.q_proj.weight_g_idx": np.full(64, -1, np.int32)}
+    safetensors.numpy.save_file(tensors | unset, folder / SINGLE)
+    assert_expands_to(load_hf(folder), weights)
+
+
 def test_a_packed_linear_that_no_target_matches_is_named(compressed: tuple):
     folder, _ = compressed
     config = json.loads((folder / "config.json").read_text())

@@ -91,7 +91,7 @@ def test_places_without_a_checkpoint_are_refused(tmp_path: Path):
     with pytest.raises(CheckpointError, match="no orbax checkpoint"):
         load_orbax(tmp_path, tiny.config())
     state = checkpoint(tmp_path / "step", {"model": nnx.state(tiny.decoder()), "step": jnp.asarray(2)})
-    with pytest.raises(CheckpointError, match="nothing at 'params'; the tree begins with model, step"):
+    with pytest.raises(CheckpointError, match="nothing at key 'params', there is model, step"):
         load_orbax(state, tiny.config(), key="params")
 
 
@@ -125,3 +125,12 @@ def test_a_disk_that_is_too_small_is_reported_before_anything_is_written(tmp_pat
     with pytest.raises(OutputError, match=r"No space left on device; the result needs \d{6} bytes, 10 are free"):
         save_hf(tiny.decoder(), tmp_path / "out", format="orbax")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path: Path):
+    out = save_hf(tiny.decoder(), tmp_path / "out", format="orbax")
+    for path in (out / "orbax").rglob("*"):
+        if path.is_file() and path.name != "_METADATA":
+            path.write_bytes(path.read_bytes()[:7])
+    with pytest.raises(CheckpointError, match="out/orbax: the orbax checkpoint is damaged"):
+        load_hf(out)

@@ -57,18 +57,18 @@ def convert(
     params = load_hf(source)
     if format == "float" and dtype is None and params.quantization is not None:
         dtype = "float32"
-    rounded = list(_rounded(params, dtype)) if format == "float" and dtype is not None else []
-    if rounded and not lossy:
-        shown = "; ".join(rounded[:3]) + (f"; and {len(rounded) - 3} more" if len(rounded) > 3 else "")
+    lost = list(rounded(params, dtype)) if format == "float" and dtype is not None else []
+    if lost and not lossy:
+        shown = "; ".join(lost[:3]) + (f"; and {len(lost) - 3} more" if len(lost) > 3 else "")
         raise ConfigError(
-            f"{source}: {dtype} would round {len(rounded)} tensors: {shown}. "
+            f"{source}: {dtype} would round {len(lost)} tensors: {shown}. "
             "Take float32, or pass --lossy (lossy=True) to round them"
         )
     report = None if format == "float" else _report_of(params)
     return save_hf(params, out, format, dtype=dtype, report=report, max_shard_size=max_shard_size, overwrite=overwrite)
 
 
-def _rounded(params: Decoder, dtype: str) -> Iterator[str]:
+def rounded(params: Decoder, dtype: str) -> Iterator[str]:
     """A phrase for each tensor that a dtype does not hold."""
     held, range_held = _precision(jnp.dtype(dtype))
     for path, kernel in kernels_of(params):
