@@ -13,7 +13,8 @@ from jgptq.settings.run import QuantizeConfig
 from jgptq.settings.solver import SolverConfig
 
 CARD = "README.md"
-_HUB_ID = r"[\w.-]+/[\w.-]+"
+_NAME = r"\w[\w.-]*"
+_HUB_ID = rf"{_NAME}/{_NAME}"
 
 
 def model_card(
@@ -53,14 +54,16 @@ def model_card(
 
 
 def base_model(params: Decoder) -> str:
-    """The name of the model that a decoder was read from: its hub id where that is known, else the name of its folder."""
+    """The name of the model that a decoder was made from: its hub id where that is known, what its config states, else the name
+    of its folder."""
     if params.origin is None:
         return params.config.model_type
     cached = re.search(r"models--([\w.-]+?)--([\w.-]+)", params.origin.folder)
     if cached:
         return f"{cached[1]}/{cached[2]}"
     stated = json.loads(params.origin.hf_config).get("_name_or_path")
-    return stated if isinstance(stated, str) and re.fullmatch(_HUB_ID, stated) else Path(params.origin.folder).resolve().name
+    known = isinstance(stated, str) and re.fullmatch(rf"{_HUB_ID}|{_NAME}", stated)
+    return stated if known else Path(params.origin.folder).resolve().name
 
 
 def _front_matter(base: str, format_name: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from converters.formats import Layout, Writer, Written
-from converters.output.card import CARD, model_card
+from converters.output.card import CARD, base_model, model_card
 from converters.output.folders import PartialFolder
 from jgptq.models import Decoder, checkpoint_name, config_to_hf
 from jgptq.models.packed import PackedTensor
@@ -74,12 +74,15 @@ def layouts_of(params: Decoder, float_dtype: np.dtype) -> dict[str, Layout]:
 
 
 def config_json(params: Decoder, dtype: np.dtype | None = None) -> dict[str, Any]:
-    """The config.json of a decoder without a `quantization_config`; a dtype that its tensors were cast to replaces the stated
-    one."""
+    """The config.json of a decoder without a `quantization_config`.
+
+    A dtype that its tensors were cast to replaces the stated one. That of a quantized decoder names the model that it was made
+    from, so that the cards of its copies do.
+    """
     stored = str(params.embed_tokens.embedding.get_value().dtype if dtype is None else dtype)
-    if params.origin is None:
-        return config_to_hf(params.config, stored)
-    hf = json.loads(params.origin.hf_config)
+    hf = config_to_hf(params.config, stored) if params.origin is None else json.loads(params.origin.hf_config)
+    if params.quantization is not None:
+        hf["_name_or_path"] = base_model(params)
     stated = [key for key in ("dtype", "torch_dtype") if key in hf] or ["torch_dtype"]
     return hf if dtype is None else hf | dict.fromkeys(stated, stored)
 

@@ -158,11 +158,15 @@ def test_a_folder_that_exists_is_kept_unless_overwriting(symmetric: dict, tmp_pa
 
 
 def test_the_losses_of_a_run_stay_in_the_card_of_its_copies(tmp_path: Path):
-    sink = converters.FolderSink(tmp_path / "out", tiny.decoder(), jgptq.QuantizeConfig(group_size=32), tiny.tokens())
-    folder = sink.finish(*jgptq.quantize(tiny.decoder(), tiny.tokens(), group_size=32, sink=sink))
+    params = load_hf(tiny.folder(tmp_path / "model"))
+    sink = converters.FolderSink(tmp_path / "out", params, jgptq.QuantizeConfig(group_size=32), tiny.tokens())
+    folder = sink.finish(*jgptq.quantize(params, tiny.tokens(), group_size=32, sink=sink))
     copy = convert(folder, tmp_path / "copy", "compressed-tensors")
     losses = [path.joinpath("README.md").read_text().partition("## Loss")[2].partition("## Use")[0] for path in (folder, copy)]
     assert losses[0] == losses[1] != ""
+    assert [path.joinpath("README.md").read_text().partition("# ")[2].splitlines()[0] for path in (folder, copy)] == [
+        "model, 4 bit"
+    ] * 2
     (folder / "quantize_report.json").write_text("{}")
     with pytest.raises(CheckpointError, match="not a report of this version"):
         convert(folder, tmp_path / "other", "gptq_v2")

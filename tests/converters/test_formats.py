@@ -13,6 +13,7 @@ import safetensors.numpy
 import tiny
 from hypothesis import given
 from hypothesis import strategies as st
+from stopping import Stopped, StoppingSink
 
 import jgptq
 from converters import FolderSink, formats, load_hf, save_hf
@@ -281,16 +282,6 @@ def test_widths_that_compressed_tensors_does_not_hold_are_refused_before_anythin
     with pytest.raises(ConfigError, match=r"\(4, 8\) bits, not 2"):
         save_hf(quantized, tmp_path / "out", format="compressed-tensors")
     assert list(tmp_path.iterdir()) == []
-
-
-class Stopped(Exception):
-    pass
-
-
-class StoppingSink(FolderSink):
-    def write(self, index, block, rows):
-        super().write(index, block, rows)
-        raise Stopped
 
 
 @pytest.mark.parametrize(

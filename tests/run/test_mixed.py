@@ -11,6 +11,7 @@ import pytest
 import tiny
 from hypothesis import given
 from hypothesis import strategies as st
+from stopping import Stopped, StoppingSink
 from tiny import assert_same
 
 import jgptq
@@ -147,21 +148,6 @@ def test_a_rule_may_need_tokens_and_may_spare_them():
         jgptq.quantize(tiny.decoder(), method="rtn", group_size=32, rules={".*down_proj": {"method": "gptq"}})
     _, report = jgptq.quantize(tiny.decoder(), group_size=32, rules={".*": {"method": "rtn"}})
     assert {row.outcome for row in report.rows} == {"ROUNDED"}
-
-
-class Stopped(Exception):
-    pass
-
-
-class StoppingSink(FolderSink):
-    """Is stopped after some of its blocks, as a run that is killed."""
-
-    after = 0
-
-    def write(self, index, block, rows):
-        super().write(index, block, rows)
-        if index == self.after:
-            raise Stopped
 
 
 @pytest.mark.parametrize("after", [0, 1, 2])

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from stopping import Stopped, StoppingSink
 
 import jgptq
 from converters import FolderSink, load_hf, save_hf
@@ -16,18 +17,6 @@ from jgptq.run import stage, tiles
 
 SETTINGS = {"bits": 3, "group_size": 32}
 pytestmark = pytest.mark.filterwarnings("ignore:vLLM refuses 3-bit")
-
-
-class Stopped(Exception):
-    pass
-
-
-class StoppingSink(FolderSink):
-    """Is stopped after its first block, as a run that is killed."""
-
-    def write(self, index, block, rows):
-        super().write(index, block, rows)
-        raise Stopped
 
 
 @pytest.fixture
