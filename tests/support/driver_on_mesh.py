@@ -12,8 +12,8 @@ from jgptq.models.packed import unpack
 from jgptq.solver import ONE_DEVICE, Placement
 from jgptq.solver.mesh import OnMesh, make_mesh
 
-MESHES = {"8x1": (8, 1), "2x4": (2, 4)}
-PRESETS = ("fast", "balanced")
+MESHES = {"8x1": (8, 1), "4x2": (4, 2), "2x4": (2, 4)}
+RUNS = (("fast", "8x1"), ("balanced", "4x2"), ("balanced", "2x4"), ("best", "4x2"))
 
 
 def codes(params: Decoder) -> np.ndarray:
@@ -31,4 +31,4 @@ def quantized(preset: str, placement: Placement = ONE_DEVICE) -> np.ndarray:
 if __name__ == "__main__":
     assert jax.device_count() == 8
     on_mesh = {name: OnMesh(make_mesh(data=data, model=model)) for name, (data, model) in MESHES.items()}
-    np.savez(sys.argv[1], **{f"{p}/{name}": quantized(p, where) for p in PRESETS for name, where in on_mesh.items()})
+    np.savez(sys.argv[1], **{f"{preset}/{name}": quantized(preset, on_mesh[name]) for preset, name in RUNS})
