@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from converters.checkpoint import Checkpoint, open_checkpoint, read_json, resolve_folder
+from converters.checkpoint import Checkpoint, open_checkpoint
 from converters.encode import constant_words
 from converters.names import IGNORED, LEAVES, leaves, unit_leaves
 from converters.quantization import declared_group_sizes, read_settings
+from converters.reading.hub import resolve_folder
+from converters.reading.json_file import read_json
 from jgptq.errors import ArchitectureError, CheckpointError
 from jgptq.models import Decoder, ModelConfig, Origin, Unit, checkpoint_name, config_from_hf
 from jgptq.models.memory import copy_module
@@ -23,13 +25,14 @@ from pallas_kernels.packing import pack_codes, unpack_codes
 Leaf = np.ndarray | PackedTensor
 
 
-def load_hf(source: str | Path, dtype: str = "auto") -> Decoder:
+def load_hf(source: str | Path, dtype: str = "auto", revision: str | None = None) -> Decoder:
     """Loads a Hugging Face checkpoint, float or GPTQ (v1 and v2), as a Flax decoder.
 
     Args:
       source: a folder, or a hub id such as "HuggingFaceTB/SmolLM2-135M".
       dtype: what activations are computed in: "float32", "bfloat16", or "auto" for the checkpoint's own (float16 computes in
         float32). Leaves keep the dtype of the file.
+      revision: branch, tag or commit of the hub's repository; None for its main branch.
 
     Returns:
       The decoder. Its leaves are memory-mapped views in Flax layout, its `origin` says where it came from, and `quantization` is
@@ -39,7 +42,7 @@ def load_hf(source: str | Path, dtype: str = "auto") -> Decoder:
       CheckpointError: files that are missing or damaged; tensors that are missing, unexpected or of a wrong shape, all at once.
       ArchitectureError: an architecture or a quantization method that is not implemented.
     """
-    folder = resolve_folder(source)
+    folder = resolve_folder(source, revision)
     hf = read_json(folder / "config.json")
     quantization = hf.pop("quantization_config", None)
     if quantization is None and (folder / "quantize_config.json").exists():

@@ -16,7 +16,8 @@ from tiny import assert_same
 
 import jgptq
 from converters import load_hf, save_hf
-from converters.checkpoint import INDEX, SINGLE, resolve_folder
+from converters.checkpoint import INDEX, SINGLE
+from converters.reading.hub import resolve_folder
 from jgptq.errors import ArchitectureError, CheckpointError
 
 
@@ -167,8 +168,8 @@ def test_other_quantization_methods_are_refused_by_name(folder: Path):
 
 
 def test_a_folder_without_safetensors_names_the_files_it_has(folder: Path):
-    (folder / SINGLE).rename(folder / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match=r"found pytorch_model\.bin: save the model as safetensors first"):
+    (folder / SINGLE).rename(folder / "model.gguf")
+    with pytest.raises(CheckpointError, match=r"found 'model\.gguf': save the model as safetensors first"):
         load_hf(folder)
 
 
@@ -181,7 +182,7 @@ def test_names_that_are_neither_folder_nor_hub_id_are_refused(name: str):
 def test_hub_ids_are_fetched_without_code_and_failures_name_them(monkeypatch: pytest.MonkeyPatch, folder: Path):
     calls = []
 
-    def fetch(name: str, allow_patterns: list[str]) -> str:
+    def fetch(name: str, revision: str | None, allow_patterns: list[str]) -> str:
         calls.append((name, allow_patterns))
         if name == "someone/lost":
             raise OSError("no network")
