@@ -10,13 +10,15 @@ import numpy as np
 from flax import nnx
 
 from converters.checkpoint import Checkpoint, open_checkpoint
+from converters.contradictions import check_depth, refuse, unexpected
 from converters.encode import constant_words
-from converters.names import IGNORED, LEAVES, leaves, unit_leaves
+from converters.names import LEAVES, leaves, unit_leaves
 from converters.quantization import declared_group_sizes, read_settings
 from converters.reading.hub import resolve_folder
 from converters.reading.json_file import read_json
 from jgptq.errors import ArchitectureError, CheckpointError
 from jgptq.models import Decoder, ModelConfig, Origin, Unit, checkpoint_name, config_from_hf
+from jgptq.models.architecture import typed
 from jgptq.models.memory import copy_module
 from jgptq.models.packed import PackedTensor, validate
 from jgptq.settings.sizes import BITS, group_rows
@@ -44,32 +46,20 @@ def load_hf(source: str | Path, dtype: str = "auto", revision: str | None = None
     """
     folder = resolve_folder(source, revision)
     hf = read_json(folder / "config.json")
+    config = config_from_hf(hf, dtype)
     quantization = hf.pop("quantization_config", None)
     if quantization is None and (folder / "quantize_config.json").exists():
         quantization = {"quant_method": "gptq"} | read_json(folder / "quantize_config.json")
+        typed.refuse(typed.problems(quantization, typed.QUANTIZATION, typed.QUANTIZATION), "quantize_config.json")
     quantization = None if quantization is None else _check_method(quantization)
-    config = config_from_hf(hf, dtype)
     checkpoint = open_checkpoint(folder)
+    check_depth(checkpoint, config)
     decoder = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
-    used = _fill(leaves(decoder), checkpoint, config, quantization)
-    unexpected = [name for name in checkpoint.entries if name not in used and not _leftover(name, checkpoint)]
-    if config.tie_word_embeddings:
-        unexpected = [name for name in unexpected if name != "lm_head.weight"]
-    if unexpected:
-        listed = ", ".join(sorted(unexpected)[:12]) + (", ..." if len(unexpected) > 12 else "")
-        raise CheckpointError(
-            f"{folder}: {len(unexpected)} tensors that a {config.model_type} does not have: {listed}; check config.json"
-        )
+    used, problems = _fill(leaves(decoder), checkpoint, config, quantization)
+    refuse(checkpoint, config, problems + unexpected(checkpoint, config, used))
     decoder.origin = Origin(folder=str(folder), hf_config=json.dumps(hf))
     decoder.quantization = None if quantization is None else read_settings(quantization)
     return decoder
-
-
-def _leftover(name: str, checkpoint: Checkpoint) -> bool:
-    """Whether a tensor that the model does not have may be ignored: old buffers, and biases of zeros next to codes."""
-    module, _, part = name.rpartition(".")
-    added = part == "bias" and f"{module}.qweight" in checkpoint.entries and not np.any(checkpoint.array(name))
-    return added or name.endswith(IGNORED)
 
 
 def load_unit(index: int, unit: Unit, checkpoint: Checkpoint, quantization: dict[str, Any]) -> Unit:
@@ -82,7 +72,8 @@ def load_unit(index: int, unit: Unit, checkpoint: Checkpoint, quantization: dict
       quantization: the `quantization_config` that the tensors were written under.
     """
     stored = copy_module(unit)
-    _fill(unit_leaves(index, stored), checkpoint, stored.config, quantization)
+    _, problems = _fill(unit_leaves(index, stored), checkpoint, stored.config, quantization)
+    refuse(checkpoint, stored.config, problems)
     return stored
 
 
@@ -91,8 +82,8 @@ def _fill(
     checkpoint: Checkpoint,
     config: ModelConfig,
     quantization: dict[str, Any] | None,
-) -> set[str]:
-    """Sets the leaves of abstract modules from a checkpoint; returns the names that were used, raises all problems at once."""
+) -> tuple[set[str], list[str]]:
+    """Sets the leaves of abstract modules from a checkpoint; returns the names that were used, and a sentence for each problem."""
     used: set[str] = set()
     problems: list[str] = []
     declared = None if quantization is None else declared_group_sizes(quantization)
@@ -108,9 +99,7 @@ def _fill(
             read = _float(f"{name}.{LEAVES[attribute].suffix}", attribute, shape, checkpoint, used, problems)
         if read is not None:
             setattr(module, attribute, nnx.Param(read))
-    if problems:
-        raise CheckpointError(f"{checkpoint.folder}: {len(problems)} tensors do not fit the config:\n" + "\n".join(problems))
-    return used
+    return used, problems
 
 
 def _float(

@@ -29,9 +29,7 @@ def regular_file(folder: Path, name: str, missing: str) -> Path:
     except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: links in a circle
         raise CheckpointError(f"{path}: cannot be opened ({error})") from error
     if not any(real.is_relative_to(place) for place in (home, *_blobs(home))):
-        raise CheckpointError(
-            f"{path}: a link out of the folder, to {real}; refusing to read it, copy the file into the folder"
-        )
+        raise CheckpointError(f"{path}: a link out of the folder, to {real}; refusing to read it, copy the file into the folder")
     return path
 
 
