@@ -83,7 +83,7 @@ def _fill(
     config: ModelConfig,
     quantization: dict[str, Any] | None,
 ) -> tuple[set[str], list[str]]:
-    """Sets the leaves of abstract modules from a checkpoint; returns the names that were used, and a sentence for each problem."""
+    """Sets the leaves of abstract modules from a checkpoint; returns the names that were used, and a sentence a problem."""
     used: set[str] = set()
     problems: list[str] = []
     declared = None if quantization is None else declared_group_sizes(quantization)

@@ -1,7 +1,7 @@
 """The header of a safetensors file, as strict as the format demands.
 
-A file is 8 bytes of length, a JSON object of that length, and data. The tensors fill the data without a gap, an overlap or a rest:
-two names can never read the same bytes.
+A file is 8 bytes of length, a JSON object of that length, and data. The tensors fill the data without a gap or an overlap: no two
+names can read the same bytes.
 """
 
 import math

@@ -128,8 +128,8 @@ def _entry(file: str, name: str, tensor: StoredTensor, places: dict[str, _Place]
 
 
 def _stride_problem(tensor: StoredTensor) -> str | None:
-    """What is wrong with offset and strides, or None. Two elements of a tensor may not share a place: four bytes could claim to be
-    any number of them."""
+    """What is wrong with offset and strides, or None. No two elements of a tensor may share a place, because four bytes could
+    claim to be any number of them."""
     steps = (tensor.offset, *tensor.strides)
     if len(tensor.strides) != len(tensor.shape) or not all(type(step) is int and 0 <= step < 2**48 for step in steps):
         return "expected an offset and a stride for each axis, whole numbers from 0"

@@ -183,16 +183,36 @@ def test_hub_ids_are_fetched_without_code_and_failures_name_them(monkeypatch: py
     calls = []
 
     def fetch(name: str, revision: str | None, allow_patterns: list[str]) -> str:
-        calls.append((name, allow_patterns))
+        calls.append((name, revision, allow_patterns))
         if name == "someone/lost":
             raise OSError("no network")
         return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
     assert_same(load_hf("someone/model"), tiny.decoder())
-    assert not any("py" in pattern or "bin" in pattern for pattern in calls[0][1])
-    with pytest.raises(CheckpointError, match=r"someone/lost.*no network"):
-        load_hf("someone/lost")
+    load_hf("someone/model", revision="v1")
+    assert [revision for _, revision, _ in calls] == [None, "v1"]
+    assert not any("py" in pattern or "bin" in pattern for *_, patterns in calls for pattern in patterns)
+    with pytest.raises(CheckpointError, match=r"someone/lost at revision 'v2'.*no network"):
+        load_hf("someone/lost", revision="v2")
+
+
+def test_torch_files_are_fetched_only_where_there_are_no_safetensors(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    calls = []
+
+    def fetch(name: str, revision: str | None, allow_patterns: list[str]) -> str:
+        calls.append(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    resolve_folder("someone/model")
+    assert ["pytorch_model*.bin" in patterns for patterns in calls] == [False, True]
+    assert ["*.safetensors" in patterns for patterns in calls] == [True, False]
+
+
+def test_a_revision_of_a_local_folder_is_refused(folder: Path):
+    with pytest.raises(CheckpointError, match="a local folder has no revision 'main'"):
+        load_hf(folder, revision="main")
 
 
 def rewrite(folder: Path, change) -> Path:

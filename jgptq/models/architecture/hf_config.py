@@ -81,8 +81,8 @@ def config_to_hf(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
 
 def _value_problems(hf: Mapping[str, Any], family: Family, model_type: str) -> Iterator[str]:
     """A sentence for every value that is missing, of a wrong type or out of range."""
-    required = {key.name for key in family.keys.values() if key.default is REQUIRED}
-    missing = sorted(name for name in required if hf.get(name) is None)
+    required = dict.fromkeys(key.name for key in family.keys.values() if key.default is REQUIRED)
+    missing = [name for name in required if hf.get(name) is None]
     if missing:
         yield f"{', '.join(missing)} missing; is this the config of a {model_type} model?"
     read = {key.name for key in family.keys.values()} | set(READ_FOR_ALL)
