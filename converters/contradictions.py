@@ -18,6 +18,8 @@ _SIZES = (
     "num_key_value_heads",
     "head_dim",
 )
+_HEAD = "lm_head.weight"
+_ROWS = 1024  # that are compared at a time
 _LISTED = 40  # problems in a message
 
 
@@ -49,12 +51,13 @@ def unexpected(checkpoint: Checkpoint, config: ModelConfig, used: set[str]) -> l
       config: the decoder's switches.
       used: the names that the decoder has taken.
     """
-    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    return [
-        f"  {name} is none of a {config.model_type}"
-        for name in sorted(checkpoint.entries.keys() - used - tied)
-        if not _leftover(name, checkpoint)
-    ]
+    tied = {_HEAD} if config.tie_word_embeddings else set()
+    foreign = sorted(checkpoint.entries.keys() - used - tied)
+    problems = [f"  {name} is none of a {config.model_type}" for name in foreign if not _leftover(name, checkpoint)]
+    embedding = f"{checkpoint_name('embed_tokens', config.model_type)}.weight"
+    if tied & checkpoint.entries.keys() and embedding in used and not _same(checkpoint, embedding, _HEAD):
+        problems.append(f"  {_HEAD} differs from {embedding}, and config.json has tie_word_embeddings true")
+    return problems
 
 
 def refuse(checkpoint: Checkpoint, config: ModelConfig, problems: list[str]) -> None:
@@ -72,6 +75,17 @@ def refuse(checkpoint: Checkpoint, config: ModelConfig, problems: list[str]) -> 
         f"{checkpoint.folder}: {len(problems)} tensors do not fit config.json, a {config.model_type} of {sizes}:\n"
         + "\n".join(listed)
     )
+
+
+def _same(checkpoint: Checkpoint, one: str, two: str) -> bool:
+    """Whether two tensors are the same, compared by some rows at a time."""
+    left, right = checkpoint.entries[one], checkpoint.entries[two]
+    if left == right:
+        return True
+    if (left.dtype, left.shape) != (right.dtype, right.shape):
+        return False
+    pair = checkpoint.array(one), checkpoint.array(two)
+    return all(np.array_equal(*(array[at : at + _ROWS] for array in pair)) for at in range(0, left.shape[0], _ROWS))
 
 
 def _leftover(name: str, checkpoint: Checkpoint) -> bool:

@@ -19,7 +19,7 @@ def parse_json(raw: bytes) -> Any:
     """The value of a JSON text.
 
     Raises:
-      ValueError: no UTF-8, no JSON, a key that occurs twice in an object, or nesting beyond Python's stack.
+      ValueError: no UTF-8, no JSON, halves of characters, a key that occurs twice in an object, or nesting beyond Python's stack.
     """
     try:
         return json.loads(raw.decode("utf-8"), object_pairs_hook=_once)
@@ -48,6 +48,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    for text in (text for pair in pairs for text in pair if isinstance(text, str)):
+        text.encode("utf-8")  # half of a character, which JSON can escape, is no text
     found = dict(pairs)
     if len(found) < len(pairs):
         seen: set[str] = set()

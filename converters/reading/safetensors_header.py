@@ -59,8 +59,8 @@ def _items(raw: bytes) -> dict[str, dict[str, Any]]:
     for name, item in header.items():
         if problem := name_problem(name):
             raise ValueError(problem)
-        if not isinstance(item, dict) or not {"dtype", "shape", "data_offsets"} <= item.keys():
-            raise ValueError(f"{name}: expected an object with dtype, shape and data_offsets, found {reprlib.repr(item)}")
+        if not isinstance(item, dict) or item.keys() != {"dtype", "shape", "data_offsets"}:
+            raise ValueError(f"{name}: expected an object of dtype, shape and data_offsets, found {reprlib.repr(item)}")
     return header
 
 

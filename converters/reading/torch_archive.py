@@ -78,6 +78,8 @@ def _entries(archive: zipfile.ZipFile, stream: BinaryIO, size: int) -> tuple[byt
     order = f"{root}byteorder"
     if order in names and _small(archive, order, 16) != b"little":
         raise ValueError("the numbers are not stored in little-endian order")
+    if not _small(archive, f"{root}version", 16).strip().isdigit():
+        raise ValueError("the version of the archive is no number")
     raw = _small(archive, pickles[0], MOST_PICKLE_BYTES)
     places = {info.filename: _place(stream, info, size) for info in archive.infolist()}
     _check_disjoint(places)

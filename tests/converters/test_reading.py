@@ -53,9 +53,11 @@ DEEP = '{"a":' + "[" * 100_000 + "]" * 100_000 + "}"
         ({"a": tensor(shape=[1] * 33 + [2])}, "a: expected at most 32 axes"),
         ({"a": tensor(dtype=7)}, "a: expected the name of a dtype, found 7"),
         ({"a": tensor(dtype="F16")}, r"a: F16 \[2\] does not fill bytes 0 to 8"),
-        ({"a": {"dtype": "F32", "shape": [2]}}, "a: expected an object with dtype, shape and data_offsets"),
+        ({"a": {"dtype": "F32", "shape": [2]}}, "a: expected an object of dtype, shape and data_offsets"),
         ({"a\x1b[2J": tensor()}, r"expected names of printable characters, found 'a\\x1b\[2J'"),
         ({"\ud800": tensor()}, r"expected names of printable characters, found '\\ud800'"),
+        ({"a": tensor() | {"more": 1}}, "a: expected an object of dtype, shape and data_offsets"),
+        ({"a": tensor(), "__metadata__": {"format": "\ud800"}}, "surrogates not allowed"),
         ({"a": tensor(), "__metadata__": {"format": 1}}, "__metadata__: expected an object of strings"),
         ('{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "a": {}}', "the key 'a' occurs twice"),
         ('{"a": {"dtype": "F32", "shape": [2], "shape": [2], "data_offsets": [0, 8]}}', "the key 'shape' occurs twice"),
@@ -175,4 +177,18 @@ def test_another_number_of_blocks_than_the_tensors_have_is_refused_before_anythi
     (folder / "config.json").write_text(json.dumps(config))
     held = rf"num_hidden_layers {blocks}, the tensors are those of another number of blocks: 2, up to model\.layers\.1"
     with pytest.raises(CheckpointError, match=held):
+        load_hf(folder)
+
+
+def test_a_head_that_is_said_to_be_tied_and_differs_from_the_embedding_is_refused(tmp_path: Path):
+    folder = tiny.folder(tmp_path / "model", tie_word_embeddings=True)
+    tensors = safetensors.numpy.load_file(folder / SINGLE)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+    safetensors.numpy.save_file(tensors, folder / SINGLE)
+    load_hf(folder)
+    tensors["lm_head.weight"][-1, -1] += 1
+    safetensors.numpy.save_file(tensors, folder / SINGLE)
+    with pytest.raises(
+        CheckpointError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight.*tie_word_embeddings true"
+    ):
         load_hf(folder)
