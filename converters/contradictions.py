@@ -84,8 +84,9 @@ def _same(checkpoint: Checkpoint, one: str, two: str) -> bool:
         return True
     if (left.dtype, left.shape) != (right.dtype, right.shape):
         return False
-    pair = checkpoint.array(one), checkpoint.array(two)
-    return all(np.array_equal(*(array[at : at + _ROWS] for array in pair)) for at in range(0, left.shape[0], _ROWS))
+    first, second = checkpoint.array(one), checkpoint.array(two)
+    parts = (slice(at, at + _ROWS) for at in range(0, left.shape[0], _ROWS))
+    return all(first[part].tobytes() == second[part].tobytes() for part in parts)
 
 
 def _leftover(name: str, checkpoint: Checkpoint) -> bool:

@@ -3,9 +3,9 @@
     PYTHONPATH=tests/support python -m fuzz --cases 20000 --seed 0
 
 Each case damages one of the folders of `fuzz.folders` by one to three changes of `fuzz.mutations`. It passes where `load_hf`
-raises a `JgptqError` with a message that can be printed, or where every leaf of the decoder is, bit for bit, what the libraries of the
-file formats read from the damaged folder. Any other exception, a case of more than 30 seconds, or a process of more than 4 GiB
-of memory beyond what it starts with is a failure. A failure prints its case; `--case` runs one again.
+raises a `JgptqError` with a message that can be printed, or where every leaf of the decoder is, bit for bit, what the libraries
+of the file formats read from the damaged folder. Any other exception, a case of more than 30 seconds, or a process of more than
+4 GiB of memory beyond what it starts with is a failure. A failure prints its case; `--case` runs one again.
 """
 
 import argparse
