@@ -89,6 +89,8 @@ def _entries(archive: zipfile.ZipFile, stream: BinaryIO, size: int) -> tuple[byt
 
 def _small(archive: zipfile.ZipFile, name: str, most: int) -> bytes:
     """The content of a small entry, checked against its sum."""
+    if name not in archive.NameToInfo:
+        raise ValueError(f"no entry {name.split('/')[-1]}")
     info = archive.getinfo(name)
     if info.file_size > most or info.compress_type != zipfile.ZIP_STORED:
         raise ValueError(f"{name.split('/')[-1]}: expected at most {most} bytes, not compressed, found {info.file_size}")

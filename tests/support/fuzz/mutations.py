@@ -52,7 +52,7 @@ def header_value(rng: random.Random, files: Files) -> str:
     """Changes the header of a safetensors file, which stays one as a whole."""
     names = [name for name in files if name.endswith(".safetensors")]
     if not names:
-        return pickle_bytes(rng, files)
+        return pickle_bytes(rng, files) if any(name.endswith(".bin") for name in files) else flipped_bytes(rng, files)
     name = rng.choice(names)
     length = int.from_bytes(files[name][:8], "little")
     try:
@@ -69,7 +69,7 @@ def pickle_bytes(rng: random.Random, files: Files) -> str:
     """Changes bytes of the pickle of a torch file, or entries of its archive, which stays one as a whole."""
     names = [name for name in files if name.endswith(".bin")]
     if not names:
-        return header_value(rng, files)
+        return header_value(rng, files) if any(name.endswith(".safetensors") for name in files) else flipped_bytes(rng, files)
     name = rng.choice(names)
     try:
         with zipfile.ZipFile(io.BytesIO(files[name])) as archive:
