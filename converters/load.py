@@ -3,8 +3,9 @@
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -54,12 +55,24 @@ def load_hf(source: str | Path, dtype: str = "auto", revision: str | None = None
     quantization = None if quantization is None else _check_method(quantization)
     checkpoint = open_checkpoint(folder)
     check_depth(checkpoint, config)
-    decoder = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+    decoder = nnx.eval_shape(lambda: Decoder(config, rngs=cast(nnx.Rngs, _OneKey())))
     used, problems = _fill(leaves(decoder), checkpoint, config, quantization)
     refuse(checkpoint, config, problems + unexpected(checkpoint, config, used))
     decoder.origin = Origin(folder=str(folder), hf_config=json.dumps(hf))
     decoder.quantization = None if quantization is None else read_settings(quantization)
     return decoder
+
+
+class _OneKey:
+    """The random numbers of a decoder that is only traced for its shapes: one key for all, because flax's own counters take time
+    that grows with the square of the number of blocks."""
+
+    def __init__(self) -> None:
+        self._key = jax.random.key(0)
+
+    def params(self) -> jax.Array:
+        """The key of any parameter."""
+        return self._key
 
 
 def load_unit(index: int, unit: Unit, checkpoint: Checkpoint, quantization: dict[str, Any]) -> Unit:

@@ -4,8 +4,9 @@
 
 Each case damages one of the folders of `fuzz.folders` by one to three changes of `fuzz.mutations`. It passes where `load_hf`
 raises a `JgptqError` with a message that can be printed, or where every leaf of the decoder is, bit for bit, what the libraries
-of the file formats read from the damaged folder. Any other exception, a case of more than 30 seconds, or a process of more than
-4 GiB of memory beyond what it starts with is a failure. A failure prints its case; `--case` runs one again.
+of the file formats read from the damaged folder; where these refuse it, what it held before. Any other exception, a case of
+more than 30 seconds, or a process of more than 4 GiB of memory beyond what it starts with is a failure. A failure prints its
+case; `--case` runs one again.
 """
 
 import argparse
@@ -25,14 +26,20 @@ from pathlib import Path
 from converters import load_hf
 from fuzz.folders import Files, originals
 from fuzz.mutations import CHANGES
-from fuzz.readers import differences, stored
+from fuzz.readers import Tensors, differences, stored
 from jgptq.errors import JgptqError
 
 SECONDS, MEMORY, LONGEST = 30, 4 * 2**30, 20_000
 
 
-def outcome(files: Files, folder: Path) -> str:
-    """ "refused", or "read" where the leaves are what the files hold; raises whatever else happens."""
+def outcome(files: Files, folder: Path, before: Tensors | None = None) -> str:
+    """The word refused, or read where the leaves are what the files hold; raises whatever else happens.
+
+    Args:
+      files: the files, damaged or not.
+      folder: an empty folder to write them to.
+      before: what the folder held before it was damaged, for a damage that only other readers object to.
+    """
     for name, raw in files.items():
         (folder / name).write_bytes(raw)
     try:
@@ -42,12 +49,22 @@ def outcome(files: Files, folder: Path) -> str:
         assert 0 < len(message.encode()) < LONGEST, f"a message of {len(message)} characters"
         assert str(folder) in message or "config.json" in message, f"a message that names no file: {message}"
         return "refused"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch, on pickles of other protocols
-        tensors = stored(folder)
+    tensors = held(folder, before)
     wrong = list(differences(decoder, tensors, version_of(folder)))
     assert not wrong, "; ".join(wrong)
     return "read"
+
+
+def held(folder: Path, before: Tensors | None = None) -> Tensors:
+    """What a folder holds by the libraries of the formats, or, where they refuse it, what it held before."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch, on pickles of other protocols
+        try:
+            return stored(folder)
+        except Exception:
+            if before is None:
+                raise
+            return before
 
 
 def version_of(folder: Path) -> str:
@@ -81,7 +98,7 @@ def limit_memory() -> None:
 
 
 def damaged(seed: int, case: int, folders: dict[str, Files]) -> tuple[Files, list[str]]:
-    """The files of a case, and what was done to them."""
+    """The files of a case, and what was done to them: the name of the folder, then the changes."""
     rng = random.Random(f"{seed} {case}")
     name = rng.choice(sorted(folders))
     files, done = dict(folders[name]), [name]
@@ -92,21 +109,29 @@ def damaged(seed: int, case: int, folders: dict[str, Files]) -> tuple[Files, lis
 
 
 def run(seed: int, cases: range) -> collections.Counter[str]:
-    """Runs cases and prints those that fail; the number of each outcome."""
-    folders, counts = originals(), collections.Counter[str]()
+    """Runs cases and prints those that fail; the number of each outcome, and by how much the memory grew."""
+    folders, before, counts = originals(), dict[str, Tensors](), collections.Counter[str]()
     for name, files in folders.items():
         with tempfile.TemporaryDirectory() as scratch:
             assert outcome(files, Path(scratch)) == "read", f"{name} cannot be read undamaged"
+            before[name] = held(Path(scratch))
     limit_memory()
+    start = peak_memory()
     for case in cases:
         files, done = damaged(seed, case, folders)
         try:
             with tempfile.TemporaryDirectory() as scratch, deadline():
-                counts[outcome(files, Path(scratch))] += 1
+                counts[outcome(files, Path(scratch), before[done[0]])] += 1
         except Exception:
             counts["failed"] += 1
             print(f"case {case} of seed {seed}: {'; '.join(done)}\n{traceback.format_exc()}", flush=True)
+    counts["MiB"] = (peak_memory() - start) // 2**20
     return counts
+
+
+def peak_memory() -> int:
+    """The most bytes that the process had in memory at any time."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def main() -> None:
@@ -115,12 +140,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the damage")
     parser.add_argument("--case", type=int, help="run this case alone")
     args = parser.parse_args()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     counts = run(args.seed, range(args.cases) if args.case is None else range(args.case, args.case + 1))
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024
-    print(
-        f"{counts['refused']} refused, {counts['read']} read as they are, {counts['failed']} failed; memory grew by {grown} MiB"
-    )
+    cases = f"{counts['refused']} refused, {counts['read']} read as they are, {counts['failed']} failed"
+    print(f"{cases}; memory grew by {counts['MiB']} MiB")
     sys.exit(1 if counts["failed"] else 0)
 
 
