@@ -81,7 +81,8 @@ def pickle_bytes(rng: random.Random, files: Files) -> str:
         del entries[target]
         changed = f"{target} removed"
     else:
-        entries[target], changed = _edited(rng, entries[target])
+        target = target if "/data/" not in target else rng.choice([entry for entry in entries if "/data/" not in entry])
+        entries[target], changed = _edited(rng, entries[target])  # not a storage, whose values nothing checks
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w", rng.choice([zipfile.ZIP_STORED] * 9 + [zipfile.ZIP_DEFLATED])) as archive:
         for entry, content in entries.items():
@@ -94,7 +95,7 @@ def flipped_bytes(rng: random.Random, files: Files) -> str:
     """Changes bytes at the beginning or the end of a file, where headers and directories are."""
     name = rng.choice(list(files))
     raw = files[name]
-    near = min(len(raw), rng.choice([8, 64, 4096]))
+    near = min(len(raw), rng.choice([8, 64, 1024]))
     start = 0 if rng.random() < 0.6 else len(raw) - near
     part, changed = _edited(rng, raw[start : start + near])
     files[name] = raw[:start] + part + raw[start + near :]
