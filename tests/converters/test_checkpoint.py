@@ -299,6 +299,13 @@ def test_malformed_packed_parts_are_named(quantized_folder: Path, change, messag
         load_hf(rewrite(quantized_folder, change))
 
 
+@pytest.mark.parametrize("pattern", [r"(\w*)*x", r".*.*.*.*.*x", r"(a|aa)+$"])
+def test_a_rule_whose_match_may_not_end_is_refused(quantized_folder: Path, pattern: str):
+    edit_config(quantized_folder, lambda config: config.update(dynamic={f"+:{pattern}": {"bits": 4}}))
+    with pytest.raises(CheckpointError, match=r"quantization_config\.dynamic: expected patterns of at most 4 repeats"):
+        load_hf(quantized_folder)
+
+
 @pytest.mark.parametrize("broken", [{"bits": None}, {"group_size": None}, {"group_size": 0}])
 def test_a_quantization_config_without_numbers_is_refused(quantized_folder: Path, broken: dict):
     edit_config(quantized_folder, lambda config: config.update(broken))

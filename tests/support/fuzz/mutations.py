@@ -174,6 +174,8 @@ def _swap(rng: random.Random, header: dict[str, Any]) -> str:
     if not names:
         return "nothing"
     one, two = rng.choice(names), rng.choice(names)
+    shape = header[one].get("shape") if isinstance(header[one], dict) else None
+    shape = shape if isinstance(shape, list) else []
     action = rng.choice(["exchanged", "offsets", "doubled", "dtype", "renamed", "reshaped", "transposed"])
     if action == "exchanged":
         header[one], header[two] = header[two], header[one]
@@ -188,9 +190,9 @@ def _swap(rng: random.Random, header: dict[str, Any]) -> str:
     elif action == "renamed":
         header[re.sub(r"\d", "7", one) if rng.random() < 0.5 else two + "x"] = header.pop(one)
     elif action == "reshaped":
-        header[one]["shape"] = rng.choice([[1, *header[one].get("shape", [])], [0], [], [2**40, 0, 2**40]])
+        header[one]["shape"] = rng.choice([[1, *shape], [0], [], [2**40, 0, 2**40]])
     else:
-        header[one]["shape"] = list(reversed(header[one].get("shape") or []))
+        header[one]["shape"] = shape[::-1]
     return f"{one} {action} ({two})"
 
 
