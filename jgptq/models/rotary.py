@@ -70,13 +70,14 @@ class RopeConfig:
         if rope_type not in _REQUIRED:
             found = reprlib.repr(rope_type)
             raise ArchitectureError(f"config.json: rotary scaling {found} is not known; known are {', '.join(_REQUIRED)}")
-        given.setdefault("partial_rotary_factor", config.get("partial_rotary_factor", 1.0 if partial is None else partial))
+        default = 1.0 if partial is None else partial
+        given.setdefault("partial_rotary_factor", config.get("partial_rotary_factor") or default)
         if partial is None and given["partial_rotary_factor"] != 1.0:
             raise ArchitectureError(
                 f"config.json: partial_rotary_factor {given['partial_rotary_factor']} (expected 1) is not implemented"
             )
         maximum = config.get("max_position_embeddings", 2048)
-        given.setdefault("rope_theta", config.get("rope_theta", 10000.0))
+        given.setdefault("rope_theta", config.get("rope_theta") or 10000.0)
         if rope_type in ("llama3", "yarn", "longrope"):
             given.setdefault("original_max_position_embeddings", maximum)
             # Phi-3 writes it at the top level of config.json; that value takes precedence over the one in the rotary settings.

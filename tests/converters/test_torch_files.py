@@ -16,7 +16,8 @@ import tiny
 import torch
 from tiny import assert_same
 
-from converters import load_hf
+import jgptq
+from converters import load_hf, save_hf
 from converters.checkpoint import SINGLE, open_checkpoint
 from converters.reading.torch_archive import read_archive
 from converters.reading.torch_pickle import read_pickle
@@ -41,6 +42,20 @@ def test_a_torch_folder_reads_as_the_same_weights_in_safetensors(torch_folder: P
     loaded = load_hf(torch_folder)
     assert_same(loaded, tiny.decoder())
     assert all(isinstance(leaf, np.memmap) for leaf in jax.tree.leaves(loaded))
+
+
+def test_a_quantized_folder_of_torch_files_reads_as_in_safetensors(tmp_path: Path):
+    quantized, _ = jgptq.quantize(tiny.decoder(), method="rtn", group_size=32)
+    out = save_hf(quantized, tmp_path / "out")
+    torch.save(safetensors.torch.load_file(out / SINGLE), out / BIN)
+    (out / SINGLE).unlink()
+    assert_same(load_hf(out), quantized)
+
+
+def test_a_run_on_torch_files_gives_what_one_on_safetensors_gives(torch_folder: Path):
+    from_torch, _ = jgptq.quantize(load_hf(torch_folder), tiny.tokens(4), group_size=32, preset="fast")
+    from_memory, _ = jgptq.quantize(tiny.decoder(), tiny.tokens(4), group_size=32, preset="fast")
+    assert_same(from_torch, from_memory)
 
 
 def test_shards_are_read_by_their_index(torch_folder: Path):

@@ -10,12 +10,11 @@ from twins import ROWS, SLIDING, hf_dict, opt_dict
 
 from jgptq.errors import ArchitectureError, CheckpointError, JgptqError
 from jgptq.models import FAMILIES, ModelConfig, config_from_hf
-from jgptq.models.architecture.typed import KEYS, READ_FOR_ALL
+from jgptq.models.architecture.typed import KEYS, read_keys
 
 
 def test_every_key_of_every_row_is_in_the_table():
-    read = {key.name for family in FAMILIES.values() for key in family.keys.values()}
-    assert not (read | set(READ_FOR_ALL)) - KEYS.keys()
+    assert not set().union(*map(read_keys, FAMILIES.values())) - KEYS.keys()
 
 
 def test_the_table_is_in_alphabetical_order():
@@ -43,7 +42,7 @@ def test_the_table_accepts_what_real_configs_say(name):
         ({"rms_norm_eps": math.inf}, "rms_norm_eps: expected a number in [0, 1], found inf"),
         ({"rope_parameters": 7}, "rope_parameters: expected an object or null, found 7"),
         ({"rope_scaling": []}, "rope_scaling: expected an object or null, found []"),
-        ({"rope_theta": 0}, "rope_theta: expected a number in [1.001, 1e+18], found 0"),
+        ({"rope_theta": 0}, "rope_theta: expected a number in [1.001, 1e+18] or null, found 0"),
         ({"rope_scaling": {"rope_theta": "x"}}, "rope_scaling.rope_theta: expected a number in [1.001, 1e+18] or null"),
         ({"rope_scaling": {"type": "linear", "factor": 0}}, "rope_scaling.factor: expected a number in [1e-06, 1e+06] or null"),
         ({"rope_scaling": {"type": 3}}, "rope_scaling.type: expected a word or null, found 3"),
@@ -66,8 +65,19 @@ def test_the_table_accepts_what_real_configs_say(name):
 )
 def test_a_value_of_a_wrong_type_or_out_of_range_names_key_expected_and_found(changes, sentence):
     with pytest.raises(CheckpointError) as caught:
-        config_from_hf(hf_dict("llama") | changes)
+        config_from_hf(hf_dict("qwen3") | changes)
     assert sentence in str(caught.value)
+
+
+def test_a_value_that_the_family_does_not_read_is_not_checked():
+    assert config_from_hf(hf_dict("llama", sliding_window=0, layer_types=3)) == config_from_hf(hf_dict("llama"))
+    assert config_from_hf(opt_dict(rope_theta="x")) == config_from_hf(opt_dict())
+
+
+def test_null_where_transformers_writes_it_is_silence():
+    silent = hf_dict("stablelm", partial_rotary_factor=None, rope_theta=None, num_key_value_heads=None, dtype=None)
+    assert config_from_hf(silent).positions.partial_rotary_factor == 0.25
+    assert config_from_hf(silent).positions.rope_theta == 10000.0
 
 
 def test_all_problems_of_a_config_come_in_one_error():

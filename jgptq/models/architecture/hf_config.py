@@ -8,7 +8,7 @@ from jgptq.errors import ArchitectureError, CheckpointError
 from jgptq.models.architecture.config import ACTIVATIONS, DTYPES, LearnedPositions, ModelConfig, Positions
 from jgptq.models.architecture.families import FAMILIES, SWITCHES, family_of, unknown
 from jgptq.models.architecture.row import REQUIRED, Family, Window
-from jgptq.models.architecture.typed import KEYS, QUANTIZATION, READ_FOR_ALL, ROPE, problems, refuse
+from jgptq.models.architecture.typed import KEYS, QUANTIZATION, ROPE, problems, read_keys, refuse
 from jgptq.models.rotary import RopeConfig
 
 
@@ -85,8 +85,7 @@ def _value_problems(hf: Mapping[str, Any], family: Family, model_type: str) -> I
     missing = [name for name in required if hf.get(name) is None]
     if missing:
         yield f"{', '.join(missing)} missing; is this the config of a {model_type} model?"
-    read = {key.name for key in family.keys.values()} | set(READ_FOR_ALL)
-    yield from problems(hf, KEYS, sorted(read - set(missing)))
+    yield from problems(hf, KEYS, sorted(read_keys(family) - set(missing)))
     for name, kinds in (("rope_parameters", ROPE), ("rope_scaling", ROPE), ("quantization_config", QUANTIZATION)):
         within = hf.get(name)
         if isinstance(within, Mapping):

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from jgptq.errors import CheckpointError
+from jgptq.models.architecture.row import Family
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,13 +78,13 @@ KEYS: Mapping[str, Kind] = {
     "num_hidden_layers": BLOCKS,
     "num_key_value_heads": optional(HEADS),
     "original_max_position_embeddings": optional(POSITIONS),
-    "partial_rotary_factor": SHARE,
+    "partial_rotary_factor": optional(SHARE),
     "quantization_config": optional(OBJECT),
     "query_pre_attn_scalar": optional(FACTOR),
     "rms_norm_eps": EPSILON,
     "rope_parameters": optional(OBJECT),
     "rope_scaling": optional(OBJECT),
-    "rope_theta": THETA,
+    "rope_theta": optional(THETA),
     "sliding_window": optional(POSITIONS),
     "tie_word_embeddings": FLAG,
     "torch_dtype": optional(WORD),
@@ -93,24 +94,18 @@ KEYS: Mapping[str, Kind] = {
     "vocab_size": SIZE,
     "word_embed_proj_dim": optional(SIZE),
 }
-"""Keys of a `config.json`. Keys of the table of rows, and those that the code reads for all families."""
+"""Keys of a `config.json`: those that a row names, and those of the three lists below."""
 
-READ_FOR_ALL = (
-    "dtype",
-    "layer_types",
-    "max_position_embeddings",
-    "max_window_layers",
+READ_FOR_ALL = ("dtype", "max_position_embeddings", "quantization_config", "torch_dtype")
+READ_FOR_ROTARY = (
     "original_max_position_embeddings",
     "partial_rotary_factor",
-    "quantization_config",
     "rope_parameters",
     "rope_scaling",
     "rope_theta",
-    "sliding_window",
-    "torch_dtype",
-    "use_sliding_window",
 )
-"""Keys that no row names, because the code reads them for any family."""
+READ_FOR_WINDOWS = ("layer_types", "max_window_layers", "sliding_window", "use_sliding_window")
+"""Keys that no row names: those of all families, of families with rotary positions, and of families with a window."""
 
 ROPE: Mapping[str, Kind] = {
     "attention_factor": optional(FACTOR),
@@ -144,6 +139,13 @@ QUANTIZATION: Mapping[str, Kind] = {
     "sym": optional(FLAG),
 }
 """Keys of the quantization settings that are read. Which of them a method needs is the method's own."""
+
+
+def read_keys(family: Family) -> set[str]:
+    """The keys of `KEYS` that are read for a family."""
+    rotary = READ_FOR_ROTARY if family.positions == "rotary" else ()
+    windows = READ_FOR_WINDOWS if family.window is not None else ()
+    return {key.name for key in family.keys.values()}.union(READ_FOR_ALL, rotary, windows)
 
 
 def problems(values: Mapping[str, Any], kinds: Mapping[str, Kind], names: Iterable[str], within: str = "") -> list[str]:
