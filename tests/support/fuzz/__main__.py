@@ -118,6 +118,8 @@ def run(seed: int, cases: range) -> collections.Counter[str]:
     limit_memory()
     start = peak_memory()
     for case in cases:
+        if case % 1000 == 0:
+            print(f"at case {case}: {dict(counts)}", file=sys.stderr, flush=True)
         files, done = damaged(seed, case, folders)
         try:
             with tempfile.TemporaryDirectory() as scratch, deadline():
