@@ -1,6 +1,7 @@
 """The `quantization_config` of GPTQ folders, and who can read what."""
 
 import re
+import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, Literal, cast, get_args
@@ -21,6 +22,9 @@ GPTQMODEL_GROUPS = (-1, 16, 32, 64, 128, 256, 512, 1024)
 """Group sizes that readers accept."""
 
 HEAD = "lm_head"
+
+MOST_REPEATS = 4
+"""Repeats (`*`, `+`, `{}`) that a pattern of a file's rules may have."""
 
 _PUBLISHED: Mapping[str, Any] = MappingProxyType(
     {name: known.published for name, known in options(QuantizeConfig).items() if known.published is not SAME_AS_HERE}
@@ -145,12 +149,20 @@ def declared_group_sizes(quantization: Mapping[str, Any]) -> Callable[[str], int
         rules = stored_rules(quantization.get("dynamic"))
     except ConfigError as error:
         raise CheckpointError(f"config.json: quantization_config cannot be read: {error}") from None
+    if slow := [rule.pattern for rule in rules if _may_not_end(rule.pattern)]:
+        advice = f"expected patterns of at most {MOST_REPEATS} repeats, none of a group"
+        raise CheckpointError(f"config.json: quantization_config.dynamic: {advice}, found {reprlib.repr(slow[0])}")
 
     def declared(name: str) -> int:
         rule = first_match(rules, name)
         return quantization["group_size"] if rule is None else rule.overrides.get("group_size", quantization["group_size"])
 
     return declared
+
+
+def _may_not_end(pattern: str) -> bool:
+    """Whether a file's regex may take longer than anyone waits: a match tries every way to share a name among the repeats."""
+    return len(re.findall(r"(?<!\\)[*+{]", pattern)) > MOST_REPEATS or re.search(r"(?<!\\)\)[*+{]", pattern) is not None
 
 
 def _stored_settings(config: SolverConfig) -> dict[str, Any]:

@@ -21,7 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from converters.checkpoint import DTYPES, INDEX, SINGLE
+from converters.checkpoint import INDEX, SINGLE
+from converters.reading.entry import DTYPES
 from jgptq.errors import ConfigError, OutputError
 
 JOURNAL = "progress.jsonl"

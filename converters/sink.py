@@ -12,11 +12,13 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save
 
-from converters.checkpoint import Checkpoint, TensorEntry, read_header
+from converters.checkpoint import Checkpoint
 from converters.encode import float_specs, packed_specs
 from converters.load import load_unit
 from converters.names import leaves, unit_leaves
 from converters.quantization import HEAD, Format, check_format, quantization_config, reader_warnings
+from converters.reading.entry import TensorEntry
+from converters.reading.safetensors_header import read_header
 from converters.save import encode_leaf, write_settings
 from converters.shards import JOURNAL, ShardWriter, TensorSpec, parse_size, partial_folder, refuse_existing
 from jgptq.errors import ConfigError, OutputError
@@ -232,7 +234,8 @@ def _fingerprint(params: Decoder, config: QuantizeConfig, calib: np.ndarray | No
         digest.update(np.ascontiguousarray(calib, np.int32).tobytes())
     if params.origin is not None:
         digest.update(params.origin.hf_config.encode())
-        for file in sorted(Path(params.origin.folder).glob("*.safetensors")):
+        weights = (path for path in Path(params.origin.folder).iterdir() if path.suffix in (".safetensors", ".bin"))
+        for file in sorted(weights):
             digest.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
     for path, module, attribute in leaves(params):
         leaf = getattr(module, attribute).get_value()

@@ -71,7 +71,8 @@ def quantize(
       NumericalError: NaN or infinity in weights or activations, or a Hessian that cannot be factored; names the layer.
     """
     if params.quantization is not None:
-        raise ConfigError("the decoder is quantized already; start from the float checkpoint")
+        source = "" if params.origin is None else f"{params.origin.folder}: "
+        raise ConfigError(f"{source}the decoder is quantized already; start from the float checkpoint")
     if config is not None and settings:
         raise ConfigError(f"give config, or the settings {', '.join(settings)}, and not both")
     config = make_config(settings) if config is None else config
