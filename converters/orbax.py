@@ -16,11 +16,11 @@ import jax
 import numpy as np
 from flax import nnx
 
-from converters.checkpoint import read_json
 from converters.formats.settings import meta_of, own_settings, settings_from
 from converters.names import leaves
 from converters.output.describe import config_json, copy_companions, kernels_of, write_card, write_report
 from converters.output.folders import ORBAX, PartialFolder
+from converters.reading.json_file import read_json
 from jgptq.errors import CheckpointError, OutputError
 from jgptq.models import Decoder, ModelConfig, Origin, config_from_hf
 from jgptq.models.packed import PackedTensor, validate

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 
-from converters.checkpoint import DTYPES
 from converters.formats import refuse, writer_of
 from converters.names import leaves
 from converters.orbax import save_orbax
@@ -13,6 +12,7 @@ from converters.output.describe import layouts_of, settings_of, write_descriptio
 from converters.output.encode import Encoding
 from converters.output.folders import ORBAX, refuse_existing, refuse_unfinished
 from converters.output.shards import ShardWriter
+from converters.reading.entry import DTYPES
 from jgptq.errors import ConfigError
 from jgptq.models import Decoder
 from jgptq.models.packed import RuntimeTensor

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save
 
-from converters.checkpoint import Checkpoint, TensorEntry, read_header
+from converters.checkpoint import Checkpoint
 from converters.formats import FORMATS, Layout, Reader, Writer, Written, check_format, reader_of
 from converters.formats.settings import HEAD
 from converters.load import load_unit
@@ -21,6 +21,8 @@ from converters.output.describe import write_description
 from converters.output.encode import Encoding
 from converters.output.folders import JOURNAL, partial_folder, refuse_existing
 from converters.output.shards import ShardWriter, TensorSpec, parse_size
+from converters.reading.entry import TensorEntry
+from converters.reading.safetensors_header import read_header
 from jgptq.errors import ConfigError, OutputError
 from jgptq.models import Decoder, Unit, checkpoint_name
 from jgptq.run.plan import settings_by_path, unit_prefix, units
@@ -252,7 +254,8 @@ def _fingerprint(params: Decoder, config: QuantizeConfig, calib: np.ndarray | No
         digest.update(np.ascontiguousarray(calib, np.int32).tobytes())
     if params.origin is not None:
         digest.update(params.origin.hf_config.encode())
-        for file in sorted(Path(params.origin.folder).glob("*.safetensors")):
+        weights = (path for path in Path(params.origin.folder).iterdir() if path.suffix in (".safetensors", ".bin"))
+        for file in sorted(weights):
             digest.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
     for path, module, attribute in leaves(params):
         leaf = getattr(module, attribute).get_value()

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from converters.formats.base import INT32, Format, Layout, Written
-from converters.formats.settings import HEAD, meta_of, patterns, recorded, used_settings
+from converters.formats.settings import HEAD, check_patterns, meta_of, patterns, recorded, used_settings
 from converters.formats.words import constant_words
 from converters.output.shards import TensorSpec
 from jgptq.errors import ArchitectureError, CheckpointError, ConfigError
@@ -235,7 +235,9 @@ def _reader(version: int, quantization: Mapping[str, Any]) -> GptqReader:
         or not (group_size == -1 or group_size > 0)
     ):
         raise CheckpointError("config.json: quantization_config needs bits and group_size as integers; fetch the file again")
-    return GptqReader(quantization, version, _stored_rules(quantization))
+    rules = _stored_rules(quantization)
+    check_patterns((rule.pattern for rule in rules), "dynamic")
+    return GptqReader(quantization, version, rules)
 
 
 def _stated_version(quantization: Mapping[str, Any]) -> object:

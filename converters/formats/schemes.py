@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from converters.formats.settings import check_patterns
 from jgptq.errors import ArchitectureError, CheckpointError
 from jgptq.settings.rule import Rule
 
@@ -96,6 +97,8 @@ def read_schemes(quantization: Mapping[str, Any], widths: Sequence[int]) -> Sche
     schemes = tuple(_scheme(group) for group in groups.values())
     for target in (*ignore, *(target for scheme in schemes for target in scheme.targets)):
         _check_target(target)
+    targets = (*ignore, *(target for scheme in schemes for target in scheme.targets))
+    check_patterns((target.removeprefix("re:") for target in targets if target.startswith("re:")), "config_groups")
     return Schemes(schemes, tuple(ignore))
 
 

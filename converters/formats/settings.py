@@ -1,6 +1,7 @@
 """What the formats share: a run's settings in the `meta` of a config, and regexes that say which linears have which settings."""
 
 import re
+import reprlib
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -20,6 +21,9 @@ PUBLISHED: Mapping[str, Any] = MappingProxyType(
     {name: known.published for name, known in options(QuantizeConfig).items() if known.published is not SAME_AS_HERE}
 )
 """Settings of a run that no reader needs, kept in `meta`; a folder of another program is taken to have those of plain GPTQ."""
+
+MOST_REPEATS = 4
+"""Repeats (`*`, `+`, `{}`) that a pattern of a file's rules may have."""
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -60,6 +64,22 @@ def settings_from(meta: Mapping[str, Any]) -> QuantizeConfig:
         raise CheckpointError(f"config.json: quantization_config.meta has no {error}; fetch the file again") from None
     except ConfigError as error:
         raise CheckpointError(f"config.json: quantization_config cannot be read: {error}") from None
+
+
+def check_patterns(patterns: Iterable[str], key: str) -> None:
+    """Refuses a file's regexes that may take longer than anyone waits: a match tries every way to share a name among the repeats.
+
+    Args:
+      patterns: the regexes.
+      key: where in `quantization_config` they stand.
+
+    Raises:
+      CheckpointError: names the first one.
+    """
+    for pattern in patterns:
+        if len(re.findall(r"(?<!\\)[*+{]", pattern)) > MOST_REPEATS or re.search(r"(?<!\\)\)[*+{]", pattern):
+            advice = f"expected patterns of at most {MOST_REPEATS} repeats, none of a group"
+            raise CheckpointError(f"config.json: quantization_config.{key}: {advice}, found {reprlib.repr(pattern)}")
 
 
 def used_settings(config: QuantizeConfig) -> list[SolverConfig]:

@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from converters.checkpoint import DTYPES, INDEX, SINGLE
+from converters.checkpoint import INDEX, SINGLE
 from converters.output.folders import PartialFolder
+from converters.reading.entry import DTYPES
 from jgptq.errors import ConfigError, OutputError
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}

@@ -5,6 +5,7 @@ import json
 import re
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import tiny
@@ -240,3 +241,26 @@ def test_demo_shows_the_order_and_reads_its_export_back(tmp_path: Path, monkeypa
     reloaded, kept = re.search(r"read back: perplexity ([\d.]+), in memory ([\d.]+)", output).groups()
     assert reloaded == kept
     assert load_hf(tmp_path / "export").quantization.bits == 4
+
+
+def test_a_revision_reaches_the_hub_from_both_commands(model: Path, calib: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    asked = []
+
+    def fetch(name: str, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((name, revision))
+        return str(model)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    code, output = quantize(Path("someone/model"), tmp_path / "out", calib, "--method", "rtn", "--revision", "v1")
+    assert code == 0, output
+    code, output = run("eval", "someone/model", "--data", calib, "--seq-len", 16, "--revision", "v2")
+    assert code == 0, output
+    assert asked == [("someone/model", "v1"), ("someone/model", "v2")]
+
+
+def test_a_quantized_folder_is_not_quantized_again(model: Path, calib: str, tmp_path: Path):
+    quantize(model, tmp_path / "out", calib, "--method", "rtn")
+    code, output = quantize(tmp_path / "out", tmp_path / "again", calib)
+    assert code == 1
+    assert output == f"error: {tmp_path / 'out'}: the decoder is quantized already; start from the float checkpoint\n"
+    assert not list(tmp_path.glob("again*"))

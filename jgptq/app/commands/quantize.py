@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jgptq.app.command import CompileCache, Dtype, Model, SeqLen, print_table, takes_options_of
+from jgptq.app.command import CompileCache, Dtype, Model, Revision, SeqLen, print_table, takes_options_of
 from jgptq.app.compile_cache import compile_cache
 from jgptq.settings.run import QuantizeConfig
 
@@ -37,6 +37,7 @@ def quantize(
     seq_len: SeqLen = 2048,
     seed: Annotated[int, typer.Option(help="Seed of the random choice of samples.")] = 0,
     dtype: Dtype = "auto",
+    revision: Revision = None,
     batch_size: Annotated[
         int | None, typer.Option(help="Samples in a batch; by default as many as hold 4096 tokens, on a CPU 1024.")
     ] = None,
@@ -67,7 +68,7 @@ def quantize(
         from converters import FolderSink, load_hf
         from jgptq.run.driver import refuse_quantized
 
-        params = load_hf(model, dtype)
+        params = load_hf(model, dtype, revision)
         refuse_quantized(params)
         tokens = None if calib is None else jgptq.calibration_tokens(calib, params.tokenizer_path, samples, seq_len, seed)
         sink = FolderSink(
