@@ -74,7 +74,7 @@ gpu-rehearsal: .venv/tools
 $(INTEROP)/ready:
 	$(PYTHON) -m venv $(INTEROP)
 	$(INTEROP)/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(INTEROP)/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 gptqmodel==7.6.0
+	$(INTEROP)/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 gptqmodel==7.6.0 compressed-tensors==0.20.0
 	touch $@
 
 interop-venv: $(INTEROP)/ready .venv/tools

@@ -70,9 +70,7 @@ def quantize(
       CalibrationError: tokens that are missing, empty, or outside the vocabulary.
       NumericalError: NaN or infinity in weights or activations, or a Hessian that cannot be factored; names the layer.
     """
-    if params.quantization is not None:
-        source = "" if params.origin is None else f"{params.origin.folder}: "
-        raise ConfigError(f"{source}the decoder is quantized already; start from the float checkpoint")
+    refuse_quantized(params)
     if config is not None and settings:
         raise ConfigError(f"give config, or the settings {', '.join(settings)}, and not both")
     config = make_config(settings) if config is None else config
@@ -95,6 +93,21 @@ def quantize(
     quantized, tuning = _tuned(quantized, params, tokens, batches, config.tune) if config.tune else (quantized, None)
     rows = tuple(row for _, rows in blocks for row in rows)
     return quantized, Report(config=config, rows=rows, seconds=time.monotonic() - started, tuning=tuning)
+
+
+def refuse_quantized(params: Decoder) -> None:
+    """Refuses a decoder whose kernels are packed already.
+
+    Raises:
+      ConfigError: they are; says how to expand them.
+    """
+    if params.quantization is not None:
+        where = "IN" if params.origin is None else params.origin.folder
+        source = "" if params.origin is None else f"{where}: "
+        raise ConfigError(
+            f"{source}the decoder is quantized already; start from the float checkpoint, or expand the codes first: "
+            f"jgptq convert {where} OUT --format float"
+        )
 
 
 def _quantize_units(

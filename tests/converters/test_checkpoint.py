@@ -161,9 +161,12 @@ def test_a_config_that_cannot_be_used_is_refused(folder: Path, content: str | No
 
 
 def test_other_quantization_methods_are_refused_by_name(folder: Path):
-    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": {"quant_method": "awq"}}
+    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": {"quant_method": "bitsandbytes"}}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ArchitectureError, match="quantization method 'awq'"):
+    with pytest.raises(
+        ArchitectureError,
+        match=r"quantization method 'bitsandbytes' .*expected one of 'gptq', 'gptq_v2', 'compressed-tensors', 'awq'",
+    ):
         load_hf(folder)
 
 
