@@ -262,5 +262,8 @@ def test_a_quantized_folder_is_not_quantized_again(model: Path, calib: str, tmp_
     quantize(model, tmp_path / "out", calib, "--method", "rtn")
     code, output = quantize(tmp_path / "out", tmp_path / "again", calib)
     assert code == 1
-    assert output == f"error: {tmp_path / 'out'}: the decoder is quantized already; start from the float checkpoint\n"
+    refused = (
+        f"error: {tmp_path / 'out'}: the decoder is quantized already; start from the float checkpoint, or expand the codes "
+    )
+    assert output == f"{refused}first: jgptq convert {tmp_path / 'out'} OUT --format float\n"
     assert not list(tmp_path.glob("again*"))
