@@ -1,13 +1,13 @@
 """Orbax: a model trained in JAX goes in, is quantized and written; packed trees come back."""
 
-from pathlib import gc
+import gc
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import Path
 import pytest
 import tiny
 from flax import nnx
