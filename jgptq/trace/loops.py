@@ -1,0 +1,106 @@
+"""What enters and leaves the body of a loop over layers, in one stream of values."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax.extend.core import Literal
+
+from jgptq.models.memory import to_device
+from jgptq.trace.linears import Loop
+from jgptq.trace.program import Value, Values
+from jgptq.trace.segments import LayerLoop
+
+
+def first_carries(loop: Loop, batch: Values, known: Values) -> list[Any]:
+    """What the first layer is handed.
+
+    Args:
+      loop: the loop.
+      batch: values outside of the loop that depend on the batch.
+      known: those that do not.
+    """
+    inputs = loop.equation.inputs[loop.consts : loop.consts + loop.carries]
+    return [_value(outer, batch, known) for outer in inputs]
+
+
+def layer_weights(loop: Loop, layer: int, weights: Values, known: Values) -> dict[int, Any]:
+    """The values of the body that do not depend on the batch, for one layer.
+
+    Args:
+      loop: the loop.
+      layer: which layer.
+      weights: the leaves of the tree outside of the loop.
+      known: other values outside of the loop that do not depend on the batch.
+    """
+    inner = dict(loop.body.constants)
+    for index, (outer, value) in enumerate(zip(loop.equation.inputs, loop.body.inputs, strict=True)):
+        if (view := loop.stacks.get(value)) is not None:
+            inner[value] = cast(to_device(weights[view.root][layer]), view.dtypes)
+        elif loop.body.is_fixed(value):
+            whole = _value(outer, known)
+            inner[value] = whole if index < loop.consts else whole[layer]
+    return inner
+
+
+def layer_values(loop: Loop, layer: int, batch: Values, carried: Sequence[Any]) -> dict[int, Any]:
+    """The values of a batch as the body begins, for one layer.
+
+    Args:
+      loop: the loop.
+      layer: which layer.
+      batch: values outside of the loop.
+      carried: what the layer before hands on.
+    """
+    inner = {}
+    for index, (outer, value) in enumerate(zip(loop.equation.inputs, loop.body.inputs, strict=True)):
+        if loop.consts <= index < loop.consts + loop.carries:
+            inner[value] = carried[index - loop.consts]
+        elif not loop.body.is_fixed(value):
+            whole = _value(outer, batch)
+            inner[value] = whole if index < loop.consts else whole[layer]
+    return inner
+
+
+def layer_outputs(action: LayerLoop, batch: Values, made: Values, weights: Values) -> dict[int, Any]:
+    """What a layer hands on, and its part of what is stacked, by the number of the loop's output; only what is needed.
+
+    Args:
+      action: the loop.
+      batch: the values of a batch as the body ends.
+      made: outputs of the body that do not depend on the batch.
+      weights: the values of the body that do not depend on the batch.
+    """
+    pairs = zip(action.loop.equation.outputs, action.loop.body.outputs, strict=True)
+    wanted = action.keeps.union(action.loop.carried)
+    return {outer: _value(inner, batch, made, weights) for outer, inner in pairs if outer in wanted}
+
+
+def after_loop(action: LayerLoop, batch: Values, layers: Sequence[Mapping[int, Any]]) -> dict[int, Any]:
+    """The values of a batch after a loop.
+
+    Args:
+      action: the loop.
+      batch: its values before.
+      layers: `layer_outputs` of every layer, in the order of the stack.
+    """
+    kept = {number: value for number, value in batch.items() if number in action.keeps}
+    last = layers[action.loop.order[-1]]
+    for number in action.keeps.intersection(last):
+        carried = number in action.loop.carried
+        kept[number] = last[number] if carried else jnp.stack([outputs[number] for outputs in layers])
+    return kept
+
+
+def cast(array: Any, dtypes: Sequence[Any]) -> Any:
+    """The array in one dtype after the other."""
+    for dtype in dtypes:
+        array = array.astype(dtype)
+    return array
+
+
+def _value(value: Value, *sources: Values) -> Any:
+    """A value from the first source that has it."""
+    if isinstance(value, Literal):
+        return jnp.asarray(value.val, value.aval.dtype)
+    return next(source[value] for source in sources if value in source)
