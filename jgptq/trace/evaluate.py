@@ -1,6 +1,6 @@
 """Runs segments: every batch through the same equations, with the quantized weights and, where wanted, with the float ones."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -25,6 +25,11 @@ class Streams(NamedTuple):
 def both(function: Callable[..., Any], *streams: Streams) -> Streams:
     """The results of a function in both models."""
     return Streams(*(None if sides[0] is None else function(*sides) for sides in zip(*streams, strict=True)))
+
+
+def only(numbers: Collection[int], values: Values) -> dict[int, Any]:
+    """Those of the values that have one of these numbers."""
+    return {number: value for number, value in values.items() if number in numbers}
 
 
 def evaluate(equations: Iterable[Equation], values: Values) -> dict[int, Any]:
@@ -95,8 +100,7 @@ def _taken(numbers: Iterable[int], stream: Values) -> list[Any]:
 
 def _after(segment: Segment, stream: Values, given: Sequence[Any]) -> dict[int, Any]:
     """The values of a batch that are needed after a segment."""
-    kept = {number: value for number, value in stream.items() if number in segment.keeps}
-    return kept | dict(zip(segment.gives, given, strict=True))
+    return only(segment.keeps, stream) | dict(zip(segment.gives, given, strict=True))
 
 
 def _function(segment: Segment) -> Callable[[Streams, Streams, StageSums | None], tuple[Streams, StageSums | None]]:

@@ -102,5 +102,5 @@ def cast(array: Any, dtypes: Sequence[Any]) -> Any:
 def _value(value: Value, *sources: Values) -> Any:
     """A value from the first source that has it."""
     if isinstance(value, Literal):
-        return jnp.asarray(value.val, value.aval.dtype)
+        return jnp.asarray(value.val, getattr(value.aval, "dtype", None))
     return next(source[value] for source in sources if value in source)

@@ -48,25 +48,26 @@ def model_of(params: Any, apply: Callable[[Any, Any], Any] | None) -> Model:
         graph, state = nnx.split(params)
         call = apply or (lambda module, batch: module(batch))
         return _of_tree(state, lambda tree, batch: call(nnx.merge(graph, tree), batch), lambda tree: nnx.merge(graph, tree))
-    call = apply or _linen_call(params)
-    return _of_tree(params, call, lambda tree: tree)
+    if _is_linen(params):
+        module, variables = params
+        call = apply or _linen_call
+        return _of_tree(variables, lambda tree, batch: call((module, tree), batch), lambda tree: (module, tree))
+    if apply is None:
+        expected = "an NNX module, a pair (Linen module, params), or apply=fn with a tree of arrays"
+        raise ConfigError(f"expected {expected}, found {type(params)}; give apply=fn, a function of the tree and a batch")
+    return _of_tree(params, apply, lambda tree: tree)
 
 
-def _linen_call(params: Any) -> Callable[[Any, Any], Any]:
-    """A Linen module's `apply`, on its variables or on its parameters alone."""
+def _is_linen(params: Any) -> bool:
     from flax import linen
 
-    if not (isinstance(params, tuple) and len(params) == 2 and isinstance(params[0], linen.Module)):
-        message = (
-            f"expected an NNX module, a pair (Linen module, params), or apply=fn with a tree of arrays, found {type(params)}"
-        )
-        raise ConfigError(f"{message}; give apply=fn, a function of the tree and a batch")
+    return isinstance(params, tuple) and len(params) == 2 and isinstance(params[0], linen.Module)
 
-    def call(pair: Any, batch: Any) -> Any:
-        module, variables = pair
-        return module.apply(variables if "params" in variables else {"params": variables}, batch)
 
-    return call
+def _linen_call(pair: Any, batch: Any) -> Any:
+    """A Linen module's `apply`, on its variables or on its parameters alone."""
+    module, variables = pair
+    return module.apply(variables if "params" in variables else {"params": variables}, batch)
 
 
 def _of_tree(tree: Any, call: Callable[[Any, Any], Any], finish: Callable[[Any], Any]) -> Model:
@@ -78,9 +79,8 @@ def _of_tree(tree: Any, call: Callable[[Any, Any], Any], finish: Callable[[Any],
         raise ConfigError("the tree holds no float array, so there is nothing to quantize; see docs/any_model.md")
 
     def filled(arrays: Sequence[Any]) -> Any:
-        return jax.tree.unflatten(
-            structure, [dict(zip(places, arrays, strict=True)).get(i, leaf) for i, leaf in enumerate(leaves)]
-        )
+        given = dict(zip(places, arrays, strict=True))
+        return jax.tree.unflatten(structure, [given.get(index, leaf) for index, leaf in enumerate(leaves)])
 
     return Model(
         names=tuple(_dotted(named[index][0]) for index in places),
@@ -102,6 +102,13 @@ def is_float(leaf: Any) -> bool:
     return bool(jax.numpy.issubdtype(leaf.dtype, jax.numpy.floating))
 
 
+_VALUE_ERRORS = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+)
+
+
 def trace(model: Model, batch: Any) -> Traced:
     """Traces a model on a batch and finds its linears.
 
@@ -114,11 +121,7 @@ def trace(model: Model, batch: Any) -> Traced:
     """
     try:
         jaxpr = jax.make_jaxpr(model.function)(list(abstract(model.arrays)), abstract(batch))
-    except (
-        jax.errors.ConcretizationTypeError,
-        jax.errors.TracerArrayConversionError,
-        jax.errors.TracerIntegerConversionError,
-    ) as error:
+    except _VALUE_ERRORS as error:
         reason = str(error).partition("\n")[0]
         raise ConfigError(
             f"the function cannot be traced, because what it does depends on the values of its arrays: {reason} Use jnp.where or "

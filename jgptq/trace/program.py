@@ -104,8 +104,8 @@ class _Builder:
         jaxpr, consts = _opened(jaxpr)
         values: dict[Any, Value] = dict(zip(jaxpr.invars, inputs, strict=True))
         for var, const in zip(jaxpr.constvars, consts, strict=True):
-            values[var] = self.number(var.aval, fixed=True)
-            self.constants[values[var]] = const
+            values[var] = number = self.number(var.aval, fixed=True)
+            self.constants[number] = const
 
         def value_of(atom: Any) -> Value:
             return atom if isinstance(atom, Literal) else values[atom]

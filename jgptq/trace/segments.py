@@ -91,6 +91,21 @@ def cut(program: Program, contents: Contents, chosen: Collection[int], returns: 
     return Cut(program, tuple(reversed(actions)))
 
 
+def read_later(cut: Cut) -> list[frozenset[int]]:
+    """Of each action, the weights and constants that actions after it read."""
+    later: frozenset[int] = frozenset()
+    sets = []
+    for action in reversed(cut.actions):
+        sets.append(later)
+        if isinstance(action, Segment):
+            later |= frozenset(action.fixed)
+        elif isinstance(action, Group):
+            later |= {linear.weight for linear in action.linears}
+        else:
+            later |= frozenset(action.fixed.fixed) | {view.root for view in action.loop.stacks.values()}
+    return sets[::-1]
+
+
 def _holds(loop: Loop, chosen: Collection[int]) -> bool:
     """Whether a loop, or one inside of it, holds a linear that is quantized."""
     inner = (_holds(other, chosen) for other in loop.contents.loops.values())

@@ -14,10 +14,10 @@ from jgptq.run.traced.plan import by_settings
 from jgptq.settings.solver import SolverConfig
 from jgptq.solver.methods import method_of
 from jgptq.solver.statistics.drift import StageSums
-from jgptq.trace.evaluate import Runner, Streams, both
+from jgptq.trace.evaluate import Runner, Streams, both, only
 from jgptq.trace.loops import after_loop, cast, first_carries, layer_outputs, layer_values, layer_weights
 from jgptq.trace.program import Values
-from jgptq.trace.segments import Cut, Group, LayerLoop, Segment
+from jgptq.trace.segments import Cut, Group, LayerLoop, Segment, read_later
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,13 +57,15 @@ class Walk:
           place: where it runs.
         """
         total: StageSums | None = None
-        for action in cut.actions:
+        for action, needed in zip(cut.actions, read_later(cut), strict=True):
             if isinstance(action, Segment):
                 total = self._runner.run(action, fixed, batches, drift=self._drift(action.observes))
             elif isinstance(action, Group):
                 fixed = Streams(fixed.quantized | self._solved(action, fixed.quantized, total, place), fixed.float_)
             else:
                 self._loop(action, fixed, batches, place)
+            # A weight on the grid is not kept until the end of the run: the result holds its codes.
+            fixed = both(partial(only, needed), fixed)
 
     def _drift(self, group: Group | None) -> bool:
         """Whether a solve of the group reads the float model."""
