@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from common import circumstances, random_llama, random_tokens, write_result
 
-MODEL = {"blocks": 6, "width": 512, "inner": 1408, "heads": 8, "vocab": 2048, "max_positions": 2048}
+MODEL = {"blocks": 4, "width": 512, "inner": 1408, "heads": 8, "vocab": 2048, "max_positions": 2048}
 SAMPLES, SEQ_LEN = 32, 256
 BAR = 1.3
 
@@ -32,7 +32,7 @@ def job(folder: Path, tokens: Path, preset: str, traced: bool, out: Path) -> dic
     import jgptq
     from converters import load_hf
 
-    params, calib = load_hf(folder, "float32"), np.load(tokens)
+    params, calib = load_hf(folder), np.load(tokens)
     how: dict[str, Any] = {"apply": lambda decoder, batch: decoder(batch)} if traced else {}
     started = time.perf_counter()
     quantized, _ = jgptq.quantize(params, calib, preset=preset, **how)
@@ -57,7 +57,7 @@ def main() -> None:
     rounds: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
-        folder = random_llama(work / "model", **MODEL)
+        folder = random_llama(work / "model", **MODEL, dtype="float32")
         tokens = random_tokens(work / "tokens.npy", SAMPLES, SEQ_LEN, MODEL["vocab"])
         for number in range(args.runs):
             rounds.append({})

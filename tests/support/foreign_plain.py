@@ -1,5 +1,6 @@
-"""A decoder as a function of a dict: einsum heads, layers stacked for a scan, bfloat16 products of float32 weights."""
+"""A decoder as a function of a dict: einsum heads, layers stacked for a scan, one weight transposed."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,16 +16,22 @@ def rms(x: jax.Array, scale: jax.Array) -> jax.Array:
     return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6) * (1.0 + scale)[None, None, :]
 
 
-def layer(h: jax.Array, p: Tree) -> tuple[jax.Array, jax.Array]:
+def layer(h: jax.Array, p: Tree, see: Callable[[str, jax.Array], Any] = lambda name, x: None) -> tuple[jax.Array, jax.Array]:
+    """One layer; `see` is shown what its linears read."""
     x = rms(h, p["norm"])
+    see("q k v", x)
     q, k, v = (jnp.einsum("btd,dhk->bthk", x, p[name]) for name in ("q", "k", "v"))
     scores = jnp.einsum("bthk,bshk->bhts", q, k) * (WIDTH // HEADS) ** -0.5
     causal = jnp.tril(jnp.ones(scores.shape[-2:], bool))
     weights = jax.nn.softmax(jnp.where(causal[None, None], scores, -1e9), axis=-1)
-    h = h + jnp.einsum("bthk,hkd->btd", jnp.einsum("bhts,bshk->bthk", weights, v), p["o"])
+    mixed = jnp.einsum("bhts,bshk->bthk", weights, v)
+    see("o", mixed)
+    h = h + jnp.einsum("bthk,hkd->btd", mixed, p["o"])
     x = rms(h, p["mlp_norm"])
-    h = h + jax.nn.silu(x @ p["gate"]["kernel"]) * (x @ p["up"]["kernel"]) @ p["down"]["kernel"].T
-    return h, jnp.mean(h)
+    see("gate up", x)
+    x = jax.nn.silu(x @ p["gate"]["kernel"]) * (x @ p["up"]["kernel"])
+    see("down", x)
+    return h + x @ p["down"]["kernel"].T, jnp.mean(h)
 
 
 def forward(tree: Tree, tokens: jax.Array) -> jax.Array:
@@ -49,7 +56,7 @@ def model(seed: int = 0) -> Tree:
             "o": draw(LAYERS, *heads, WIDTH),
             "gate": {"kernel": draw(LAYERS, WIDTH, INNER)},
             "up": {"kernel": draw(LAYERS, WIDTH, INNER)},
-            "down": {"kernel": draw(LAYERS, WIDTH, INNER)},  # as torch has it: [N, K]
+            "down": {"kernel": draw(LAYERS, WIDTH, INNER)},  # [N, K]
             "norm": draw(LAYERS, WIDTH),
             "mlp_norm": draw(LAYERS, WIDTH),
         },
