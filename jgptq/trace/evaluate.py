@@ -1,6 +1,6 @@
 """Runs segments: every batch through the same equations, with the quantized weights and, where wanted, with the float ones."""
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ from jax.extend.core import Literal
 from jgptq.models.memory import to_device
 from jgptq.solver import ONE_DEVICE
 from jgptq.solver.statistics.drift import StageSums
-from jgptq.trace.program import Equation, Value, Values
+from jgptq.trace.program import Equation, Value, Values, only
 from jgptq.trace.segments import Group, Segment
 
 
@@ -25,11 +25,6 @@ class Streams(NamedTuple):
 def both(function: Callable[..., Any], *streams: Streams) -> Streams:
     """The results of a function in both models."""
     return Streams(*(None if sides[0] is None else function(*sides) for sides in zip(*streams, strict=True)))
-
-
-def only(numbers: Collection[int], values: Values) -> dict[int, Any]:
-    """Those of the values that have one of these numbers."""
-    return {number: value for number, value in values.items() if number in numbers}
 
 
 def evaluate(equations: Iterable[Equation], values: Values) -> dict[int, Any]:

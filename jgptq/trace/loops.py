@@ -1,6 +1,6 @@
 """What enters and leaves the body of a loop over layers, in one stream of values."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from jax.extend.core import Literal
 
 from jgptq.models.memory import to_device
 from jgptq.trace.linears import Loop
-from jgptq.trace.program import Value, Values
+from jgptq.trace.program import Value, Values, only
 from jgptq.trace.segments import LayerLoop
 
 
@@ -62,34 +62,40 @@ def layer_values(loop: Loop, layer: int, batch: Values, carried: Sequence[Any]) 
     return inner
 
 
-def layer_outputs(action: LayerLoop, batch: Values, made: Values, weights: Values) -> dict[int, Any]:
-    """What a layer hands on, and its part of what is stacked, by the number of the loop's output; only what is needed.
+def handed_on(loop: Loop, batch: Values, made: Values, weights: Values) -> list[Any]:
+    """What a layer hands to the next one.
 
     Args:
-      action: the loop.
+      loop: the loop.
       batch: the values of a batch as the body ends.
       made: outputs of the body that do not depend on the batch.
       weights: the values of the body that do not depend on the batch.
     """
-    pairs = zip(action.loop.equation.outputs, action.loop.body.outputs, strict=True)
-    wanted = action.keeps.union(action.loop.carried)
-    return {outer: _value(inner, batch, made, weights) for outer, inner in pairs if outer in wanted}
+    return [_value(inner, batch, made, weights) for inner in loop.body.outputs[: loop.carries]]
 
 
-def after_loop(action: LayerLoop, batch: Values, layers: Sequence[Mapping[int, Any]]) -> dict[int, Any]:
+def layer_outputs(action: LayerLoop, batch: Values, made: Values, weights: Values) -> dict[int, Any]:
+    """A layer's part of the outputs that are stacked, by the number of the output; only of those that are needed later.
+
+    Args: those of `handed_on`.
+    """
+    loop = action.loop
+    stacked = zip(loop.equation.outputs[loop.carries :], loop.body.outputs[loop.carries :], strict=True)
+    return {outer: _value(inner, batch, made, weights) for outer, inner in stacked if outer in action.keeps}
+
+
+def after_loop(action: LayerLoop, batch: Values, carried: Sequence[Any], layers: Sequence[Values]) -> dict[int, Any]:
     """The values of a batch after a loop.
 
     Args:
       action: the loop.
       batch: its values before.
+      carried: what the last layer hands on.
       layers: `layer_outputs` of every layer, in the order of the stack.
     """
-    kept = {number: value for number, value in batch.items() if number in action.keeps}
-    last = layers[action.loop.order[-1]]
-    for number in action.keeps.intersection(last):
-        carried = number in action.loop.carried
-        kept[number] = last[number] if carried else jnp.stack([outputs[number] for outputs in layers])
-    return kept
+    last = dict(zip(action.loop.carried, carried, strict=True))
+    stacks = {number: jnp.stack([outputs[number] for outputs in layers]) for number in layers[0]}
+    return only(action.keeps, {**batch, **last, **stacks})
 
 
 def cast(array: Any, dtypes: Sequence[Any]) -> Any:

@@ -49,7 +49,9 @@ def model_of(params: Any, apply: Callable[[Any, Any], Any] | None) -> Model:
         call = apply or (lambda module, batch: module(batch))
         return _of_tree(state, lambda tree, batch: call(nnx.merge(graph, tree), batch), lambda tree: nnx.merge(graph, tree))
     if _is_linen(params):
-        module, variables = params
+        from flax.core import meta
+
+        module, variables = params[0], meta.unbox(params[1])
         call = apply or _linen_call
         return _of_tree(variables, lambda tree, batch: call((module, tree), batch), lambda tree: (module, tree))
     if apply is None:

@@ -6,7 +6,7 @@ the same. Every value is known to be either fixed, computed from weights and con
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from jax.extend.core import Literal
@@ -30,6 +30,11 @@ Value = int | Literal
 
 Values = Mapping[int, Any]
 """What numbered values are."""
+
+
+def only(numbers: Collection[int], values: Values) -> dict[int, Any]:
+    """Those of the values that have one of these numbers."""
+    return {number: value for number, value in values.items() if number in numbers}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

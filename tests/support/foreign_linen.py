@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-VOCAB, WIDTH, INNER, LAYERS, HEADS = 80, 64, 96, 3, 4
+VOCAB, WIDTH, INNER, LAYERS, HEADS = 80, 64, 96, 2, 4
 
 
 class Layer(nn.Module):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-VOCAB, WIDTH, INNER, LAYERS, HEADS = 80, 64, 96, 3, 4
+VOCAB, WIDTH, INNER, LAYERS, HEADS = 80, 64, 96, 2, 4
 
 Tree = dict[str, Any]
 

@@ -77,8 +77,9 @@ def quantize_traced(
     walk = _walked(model, traced, plan, pieces, batches, config, progress)
     arrays = list(model.arrays)
     for leaf, layers in walk.packed.items():
+        dtype = traced.program.avals[traced.program.inputs[leaf]].dtype
         packed = stacked([layers[index] for index in sorted(layers)], plan.lengths[leaf])
-        arrays[leaf] = PackedArray(packed=packed, layout=plan.linears[leaf].w_kn, dtype=np.dtype(model.arrays[leaf].dtype))
+        arrays[leaf] = PackedArray(packed=packed, layout=plan.linears[leaf].w_kn, dtype=np.dtype(dtype))
     rows = (*walk.rows, *(_kept_row(model, leaf, reason) for leaf, reason in plan.kept_float.items()))
     return model.rebuild(arrays), Report(config=config, rows=rows, seconds=time.monotonic() - started)
 
@@ -103,7 +104,7 @@ def _walked(
     weights = dict(zip(program.inputs[:count], model.arrays, strict=True)) | dict(program.constants)
     inputs = [dict(zip(program.inputs[count:], map(jnp.asarray, jax.tree.leaves(batch)), strict=True)) for batch in samples]
     batches = [Streams(batch, batch if follows else None) for batch in inputs]
-    dtypes = {number: (array.dtype,) for number, array in zip(program.inputs[:count], model.arrays, strict=True)}
+    dtypes = {number: (program.avals[number].dtype,) for number in program.inputs[:count]}
     job = Job(np.dtype(np.float32), columns_of(pieces, plan.settings), ONE_DEVICE, config.allow_rtn_fallback)
     with Progress(sum(times for _, times in groups_of(pieces)), progress) as bar:
         walk = Walk(model.names, plan.settings, job, bar)

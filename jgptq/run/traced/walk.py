@@ -14,9 +14,9 @@ from jgptq.run.traced.plan import by_settings
 from jgptq.settings.solver import SolverConfig
 from jgptq.solver.methods import method_of
 from jgptq.solver.statistics.drift import StageSums
-from jgptq.trace.evaluate import Runner, Streams, both, only
-from jgptq.trace.loops import after_loop, cast, first_carries, layer_outputs, layer_values, layer_weights
-from jgptq.trace.program import Values
+from jgptq.trace.evaluate import Runner, Streams, both
+from jgptq.trace.loops import after_loop, cast, first_carries, handed_on, layer_outputs, layer_values, layer_weights
+from jgptq.trace.program import Values, only
 from jgptq.trace.segments import Cut, Group, LayerLoop, Segment, read_later
 
 
@@ -98,8 +98,8 @@ class Walk:
             inner = [both(partial(layer_values, loop, layer), *pair) for pair in zip(batches, carried, strict=True)]
             self.run(action.body, weights, inner, Place(layers=(*place.layers, layer), dtypes=dtypes))
             made = self._runner.fixed_values(action.outputs, weights)
+            carried = [both(partial(handed_on, loop), batch, made, weights) for batch in inner]
             layers[layer] = [both(partial(layer_outputs, action), batch, made, weights) for batch in inner]
-            carried = [both(lambda outputs: [outputs[number] for number in loop.carried], batch) for batch in layers[layer]]
         for index, batch in enumerate(batches):
             stack = both(lambda *outputs: list(outputs), *(layers[layer][index] for layer in range(loop.length)))
-            batches[index] = both(partial(after_loop, action), batch, stack)
+            batches[index] = both(partial(after_loop, action), batch, carried[index], stack)
