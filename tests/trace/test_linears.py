@@ -78,6 +78,13 @@ def test_a_linear_is_found_and_its_matrices_multiply_to_its_output(form: str):
     np.testing.assert_array_equal(linear.w_kn.backward(linear.w_kn.forward(w)), w)
 
 
+def test_in_features_stand_in_the_order_of_the_weights_axes():
+    """So that groups are runs of its entries, whatever the order in which the product lists its axes."""
+    fn, shape = FORMS["contracted in another order"]
+    (linear,) = traced(fn, array(*shape)).contents.linears
+    np.testing.assert_array_equal(linear.w_kn.forward(array(*shape)), array(*shape).reshape(D, 64))
+
+
 SQUARE = (D, D)
 OTHERS: dict[str, tuple[Callable[..., jax.Array], tuple[int, ...], str]] = {
     "lookup": (lambda w, x: w[jnp.argmax(x, axis=-1)], (D, 64), "its rows are looked up"),
