@@ -10,7 +10,6 @@ from flax import nnx
 from jax.tree_util import GetAttrKey, keystr
 
 from jgptq.errors import CalibrationError, ConfigError
-from jgptq.models.memory import abstract
 from jgptq.trace.linears import Contents, Uses, find_linears
 from jgptq.trace.program import Program, program_of
 
@@ -122,7 +121,7 @@ def trace(model: Model, batch: Any) -> Traced:
       ConfigError: Python control flow or indices depend on values.
     """
     try:
-        jaxpr = jax.make_jaxpr(model.function)(list(abstract(model.arrays)), abstract(batch))
+        jaxpr = jax.make_jaxpr(model.function)(list(model.arrays), batch)
     except _VALUE_ERRORS as error:
         reason = str(error).partition("\n")[0]
         raise ConfigError(
