@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INTEROP := .venv-interop
 
-.PHONY: demo test lint check wheel docs gpu-compile gpu-rehearsal interop interop-venv bench clean
+.PHONY: demo test lint check fuzz wheel docs gpu-compile gpu-rehearsal interop interop-venv bench clean
 
 .venv/runtime: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -30,6 +30,10 @@ lint: .venv/tools
 
 check: .venv/tools
 	$(BIN)/pytest --numprocesses 2 --dist worksteal --max-worker-restart 0 --durations 15 --ignore=tests/interop
+
+# Checkpoint folders damaged at random, more cases than the tests run.
+fuzz: .venv/tools
+	PYTHONPATH=tests/support $(BIN)/python -m fuzz --cases 20000
 
 # The tables of options in docs/options.md, from their declarations.
 docs: .venv/runtime
@@ -70,7 +74,7 @@ gpu-rehearsal: .venv/tools
 $(INTEROP)/ready:
 	$(PYTHON) -m venv $(INTEROP)
 	$(INTEROP)/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(INTEROP)/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 gptqmodel==7.6.0
+	$(INTEROP)/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 gptqmodel==7.6.0 compressed-tensors==0.20.0
 	touch $@
 
 interop-venv: $(INTEROP)/ready .venv/tools

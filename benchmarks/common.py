@@ -12,7 +12,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from converters.shards import ShardWriter, TensorSpec
+from converters.output.shards import ShardWriter, TensorSpec
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -1,44 +1,38 @@
-"""Reading a checkpoint folder: memory-mapped safetensors, one or many shards. Nothing is executed and no tensor is read here."""
+"""The tensors of a checkpoint folder by name: safetensors or torch files, one or many shards, mapped and not read."""
 
 import dataclasses
-import json
-import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
-import ml_dtypes
 import numpy as np
 
+from converters.reading.entry import DTYPES, TensorEntry, name_problem
+from converters.reading.json_file import read_json
+from converters.reading.safetensors_header import read_header
+from converters.reading.torch_archive import read_archive
 from jgptq.errors import CheckpointError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-DTYPES: dict[str, np.dtype] = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "I64": np.dtype(np.int64),
-    "I32": np.dtype(np.int32),
-    "I16": np.dtype(np.int16),
-    "I8": np.dtype(np.int8),
-    "U8": np.dtype(np.uint8),
-    "BOOL": np.dtype(np.bool_),
-}
-"""Names of dtypes in a safetensors header."""
-
-_FETCH = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer.model", "*.txt", "*.jinja"]
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
+_LISTED = 12  # names in a message
 
 
 @dataclasses.dataclass(frozen=True)
-class TensorEntry:
-    """Where a tensor lies."""
+class _Format:
+    """How a folder keeps its weights."""
 
-    file: str  # name of the shard
-    dtype: str  # as in the header
-    shape: tuple[int, ...]
-    start: int  # first byte in the file
+    single: str  # the file of a folder that has one
+    index: str  # else the map from tensors to files
+    read: Callable[[Path], dict[str, TensorEntry]]
+
+
+_FORMATS = (
+    _Format(SINGLE, INDEX, read_header),
+    _Format("pytorch_model.bin", "pytorch_model.bin.index.json", read_archive),
+)
+"""In the order in which they are looked for."""
 
 
 class Checkpoint:
@@ -58,7 +52,7 @@ class Checkpoint:
         """A read-only view of a tensor; its bytes are read when the view is.
 
         Raises:
-          CheckpointError: a dtype that is not a plain number.
+          CheckpointError: a dtype that is not a plain number, or a file that cannot be mapped.
         """
         entry = self.entries[name]
         if entry.dtype not in DTYPES:
@@ -66,124 +60,78 @@ class Checkpoint:
                 f"{self.folder / entry.file}: {name} has dtype {entry.dtype}, expected one of {', '.join(DTYPES)}"
             )
         if entry.file not in self._maps:
-            self._maps[entry.file] = np.memmap(self.folder / entry.file, np.uint8, mode="r")
-        dtype = DTYPES[entry.dtype]
-        stop = entry.start + math.prod(entry.shape) * dtype.itemsize
-        return self._maps[entry.file][entry.start : stop].view(dtype).reshape(entry.shape)
-
-
-def resolve_folder(source: str | Path) -> Path:
-    """A local folder as it is; a hub id (`owner/name`) is fetched and its folder in the hub's cache returned.
-
-    Raises:
-      CheckpointError: neither a folder nor an id that the hub knows.
-    """
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.exists() or str(source).count("/") != 1 or str(source).startswith((".", "~", "/")):
-        raise CheckpointError(
-            f"{source}: not a folder; expected a folder with config.json and {SINGLE}, or a hub id 'owner/name'"
-        )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(str(source), allow_patterns=_FETCH))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(f"{source}: no such folder, and the hub could not provide it ({error}); check the name") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Parses a JSON object.
-
-    Raises:
-      CheckpointError: the file is missing or is not a JSON object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: missing; expected a Hugging Face checkpoint folder") from None
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error}); fetch the file again") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found a {type(value).__name__}")
-    return value
+            try:
+                self._maps[entry.file] = np.memmap(self.folder / entry.file, np.uint8, mode="r")
+            except (OSError, ValueError) as error:
+                raise CheckpointError(f"{self.folder / entry.file}: cannot be mapped ({error})") from error
+        return entry.view(self._maps[entry.file])
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Reads the headers of a folder's shards and checks them against the files and the index; all problems in one error.
 
     Args:
-      folder: a folder with `model.safetensors`, or with shards and their index.
+      folder: a folder with `model.safetensors`, or with shards and their index; or the same of torch, `pytorch_model.bin`.
 
     Returns:
       The tensors by name.
 
     Raises:
-      CheckpointError: no weights, a missing, truncated or corrupt shard, an index that disagrees with its shards or names
-        a file outside the folder.
+      CheckpointError: no weights; a missing, truncated or corrupt shard; an index that disagrees with its shards or names a file
+        outside the folder; a tensor in two shards.
     """
-    if (folder / INDEX).exists():
-        weight_map = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-            raise CheckpointError(f"{folder / INDEX}: no weight_map from tensors to files; fetch the file again")
-    elif (folder / SINGLE).exists():
-        weight_map = None
-    else:
-        legacy = sorted(path.name for path in folder.glob("*.bin"))
-        hint = f"; found {', '.join(legacy)}: save the model as safetensors first" if legacy else ""
-        raise CheckpointError(f"{folder}: no {SINGLE} and no {INDEX}{hint}")
-    files = [SINGLE] if weight_map is None else sorted(set(weight_map.values()))
-    outside = [file for file in files if Path(file).name != file or file in (".", "..")]
-    if outside:
-        raise CheckpointError(f"{folder / INDEX}: names files outside the folder: {', '.join(outside)}; refusing to read them")
+    names = [name for kept in _FORMATS for name in (kept.single, kept.index)]
+    kept = next((kept for kept in _FORMATS if (folder / kept.index).exists() or (folder / kept.single).exists()), None)
+    if kept is None:
+        raise CheckpointError(f"{folder}: no {' and no '.join(names)}{_other_weights(folder)}")
+    if not (folder / kept.index).exists():
+        return Checkpoint(folder, kept.read(folder / kept.single))
+    index = folder / kept.index
+    weight_map = _weight_map(index)
     entries: dict[str, TensorEntry] = {}
     problems = []
-    for file in files:
+    for file in sorted(set(weight_map.values())):
         try:
-            entries |= read_header(folder / file)
+            found = kept.read(folder / file)
         except CheckpointError as error:
             problems.append(str(error))
-    if not problems and weight_map is not None:
+            continue
+        twice = [f"{name} is in {entries[name].file} and in {file}" for name in found if name in entries]
+        problems += [f"{folder}: {sentence}; remove one of them" for sentence in _first(twice)]
+        entries |= found
+    if not problems:
         lost = [name for name, file in weight_map.items() if name not in entries or entries[name].file != file]
-        problems += [f"{folder / INDEX}: {name} is not in {weight_map[name]}" for name in lost]
+        problems = _first([f"{index}: {name} is not in {weight_map[name]}" for name in lost])
     if problems:
         raise CheckpointError("\n".join(problems))
     return Checkpoint(folder, entries)
 
 
-def read_header(path: Path) -> dict[str, TensorEntry]:
-    """The tensors of one safetensors file.
+def _weight_map(index: Path) -> Mapping[str, str]:
+    """Which file holds which tensor.
 
     Raises:
-      CheckpointError: missing, truncated or corrupt; says how many bytes were expected and found.
+      CheckpointError: no such map, or one that leaves the folder.
     """
-    if not path.exists():
-        raise CheckpointError(f"{path}: the shard is missing; fetch it again")
-    size = path.stat().st_size
-    with path.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise CheckpointError(f"{path}: truncated or not safetensors: the header needs {8 + length} bytes, found {size}")
-        try:
-            header = json.loads(stream.read(length))
-            entries = {name: _entry(path.name, item, 8 + length) for name, item in header.items() if name != "__metadata__"}
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise CheckpointError(f"{path}: the header is corrupt ({error!r}); fetch the file again") from error
-    needed = 8 + length + max((item["data_offsets"][1] for name, item in header.items() if name != "__metadata__"), default=0)
-    if size < needed:
-        raise CheckpointError(f"{path}: truncated: {needed} bytes expected, {size} found; fetch the file again")
-    return entries
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise CheckpointError(f"{index}: no weight_map from tensors to files; fetch the file again")
+    if wrong := [problem for name in (*weight_map, *weight_map.values()) if (problem := name_problem(name))]:
+        raise CheckpointError(f"{index}: {wrong[0]}; fetch the file again")
+    outside = sorted({file for file in weight_map.values() if Path(file).name != file or file in (".", "..")})
+    if outside:
+        listed = ", ".join(map(repr, _first(outside)))
+        raise CheckpointError(f"{index}: names files outside the folder: {listed}; refusing to read them")
+    return weight_map
 
 
-def _entry(file: str, item: dict[str, Any], data_start: int) -> TensorEntry:
-    """One header entry, checked against itself."""
-    shape = tuple(int(size) for size in item["shape"])
-    start, stop = item["data_offsets"]
-    itemsize = DTYPES[item["dtype"]].itemsize if item["dtype"] in DTYPES else None
-    if start < 0 or stop < start or min(shape, default=0) < 0:
-        raise ValueError(f"impossible offsets {item['data_offsets']} or shape {shape}")
-    if itemsize is not None and stop - start != math.prod(shape) * itemsize:
-        raise ValueError(f"{item['dtype']} {list(shape)} does not fill bytes {start} to {stop}")
-    return TensorEntry(file, item["dtype"], shape, data_start + start)
+def _other_weights(folder: Path) -> str:
+    """Files that look like weights, for the message that there are none."""
+    found = sorted(path.name for path in folder.iterdir() if path.suffix in _WEIGHT_SUFFIXES)
+    return f"; found {', '.join(map(repr, _first(found)))}: save the model as safetensors first" if found else ""
+
+
+def _first(sentences: list[str]) -> list[str]:
+    """As many of a list as one message shows."""
+    rest = len(sentences) - _LISTED
+    return sentences if rest <= 0 else [*sentences[:_LISTED], f"and {rest} more"]

@@ -3,33 +3,37 @@
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import cast
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 from flax import nnx
 
-from converters.checkpoint import Checkpoint, open_checkpoint, read_json, resolve_folder
-from converters.encode import constant_words
-from converters.names import IGNORED, LEAVES, leaves, unit_leaves
-from converters.quantization import declared_group_sizes, read_settings
-from jgptq.errors import ArchitectureError, CheckpointError
+from converters.checkpoint import Checkpoint, open_checkpoint
+from converters.contradictions import check_depth, refuse, unexpected
+from converters.formats import Reader, reader_of
+from converters.names import LEAVES, leaves, unit_leaves
+from converters.orbax import load_orbax_folder
+from converters.output.folders import ORBAX
+from converters.reading.hub import resolve_folder
+from converters.reading.json_file import read_json
+from jgptq.errors import CheckpointError
 from jgptq.models import Decoder, ModelConfig, Origin, Unit, checkpoint_name, config_from_hf
+from jgptq.models.architecture import typed
 from jgptq.models.memory import copy_module
 from jgptq.models.packed import PackedTensor, validate
-from jgptq.settings.sizes import BITS, group_rows
-from pallas_kernels.packing import pack_codes, unpack_codes
 
 Leaf = np.ndarray | PackedTensor
 
 
-def load_hf(source: str | Path, dtype: str = "auto") -> Decoder:
-    """Loads a Hugging Face checkpoint, float or GPTQ (v1 and v2), as a Flax decoder.
+def load_hf(source: str | Path, dtype: str = "auto", revision: str | None = None) -> Decoder:
+    """Loads a Hugging Face checkpoint, float or of one of the quantized formats (`converters.formats`), as a Flax decoder.
 
     Args:
       source: a folder, or a hub id such as "HuggingFaceTB/SmolLM2-135M".
       dtype: what activations are computed in: "float32", "bfloat16", or "auto" for the checkpoint's own (float16 computes in
         float32). Leaves keep the dtype of the file.
+      revision: branch, tag or commit of the hub's repository; None for its main branch.
 
     Returns:
       The decoder. Its leaves are memory-mapped views in Flax layout, its `origin` says where it came from, and `quantization` is
@@ -39,47 +43,50 @@ def load_hf(source: str | Path, dtype: str = "auto") -> Decoder:
       CheckpointError: files that are missing or damaged; tensors that are missing, unexpected or of a wrong shape, all at once.
       ArchitectureError: an architecture or a quantization method that is not implemented.
     """
-    folder = resolve_folder(source)
+    folder = resolve_folder(source, revision)
+    if (folder / ORBAX).is_dir():
+        return load_orbax_folder(folder, dtype)
     hf = read_json(folder / "config.json")
+    config = config_from_hf(hf, dtype)
     quantization = hf.pop("quantization_config", None)
     if quantization is None and (folder / "quantize_config.json").exists():
         quantization = {"quant_method": "gptq"} | read_json(folder / "quantize_config.json")
-    quantization = None if quantization is None else _check_method(quantization)
-    config = config_from_hf(hf, dtype)
+        typed.refuse(typed.problems(quantization, typed.QUANTIZATION, typed.QUANTIZATION), "quantize_config.json")
+    reader = None if quantization is None else reader_of(quantization)
     checkpoint = open_checkpoint(folder)
-    decoder = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
-    used = _fill(leaves(decoder), checkpoint, config, quantization)
-    unexpected = [name for name in checkpoint.entries if name not in used and not _leftover(name, checkpoint)]
-    if config.tie_word_embeddings:
-        unexpected = [name for name in unexpected if name != "lm_head.weight"]
-    if unexpected:
-        listed = ", ".join(sorted(unexpected)[:12]) + (", ..." if len(unexpected) > 12 else "")
-        raise CheckpointError(
-            f"{folder}: {len(unexpected)} tensors that a {config.model_type} does not have: {listed}; check config.json"
-        )
+    check_depth(checkpoint, config)
+    decoder = nnx.eval_shape(lambda: Decoder(config, rngs=cast(nnx.Rngs, _OneKey())))
+    used, problems = _fill(leaves(decoder), checkpoint, config, reader)
+    refuse(checkpoint, config, problems + unexpected(checkpoint, config, used, None if reader is None else reader.required[0]))
     decoder.origin = Origin(folder=str(folder), hf_config=json.dumps(hf))
-    decoder.quantization = None if quantization is None else read_settings(quantization)
+    decoder.quantization = None if reader is None else reader.settings
     return decoder
 
 
-def _leftover(name: str, checkpoint: Checkpoint) -> bool:
-    """Whether a tensor that the model does not have may be ignored: old buffers, and biases of zeros next to codes."""
-    module, _, part = name.rpartition(".")
-    added = part == "bias" and f"{module}.qweight" in checkpoint.entries and not np.any(checkpoint.array(name))
-    return added or name.endswith(IGNORED)
+class _OneKey:
+    """The random numbers of a decoder that is only traced for its shapes: one key for all, because flax's own counters take time
+    that grows with the square of the number of blocks."""
+
+    def __init__(self) -> None:
+        self._key = jax.random.key(0)
+
+    def params(self) -> jax.Array:
+        """The key of any parameter."""
+        return self._key
 
 
-def load_unit(index: int, unit: Unit, checkpoint: Checkpoint, quantization: dict[str, Any]) -> Unit:
+def load_unit(index: int, unit: Unit, checkpoint: Checkpoint, reader: Reader) -> Unit:
     """One block of a checkpoint that may not be whole yet, or the head that follows the last one.
 
     Args:
       index: which block; the number of blocks for the head.
       unit: the float one, whose shapes the tensors must have. What a head reads through is shared with it.
       checkpoint: the tensors.
-      quantization: the `quantization_config` that the tensors were written under.
+      reader: of the format that the tensors were written in.
     """
     stored = copy_module(unit)
-    _fill(unit_leaves(index, stored), checkpoint, stored.config, quantization)
+    _, problems = _fill(unit_leaves(index, stored), checkpoint, stored.config, reader)
+    refuse(checkpoint, stored.config, problems)
     return stored
 
 
@@ -87,27 +94,23 @@ def _fill(
     targets: Iterable[tuple[str, nnx.Module, str]],
     checkpoint: Checkpoint,
     config: ModelConfig,
-    quantization: dict[str, Any] | None,
-) -> set[str]:
-    """Sets the leaves of abstract modules from a checkpoint; returns the names that were used, raises all problems at once."""
+    reader: Reader | None,
+) -> tuple[set[str], list[str]]:
+    """Sets the leaves of abstract modules from a checkpoint; returns the names that were used, and a sentence a problem."""
     used: set[str] = set()
     problems: list[str] = []
-    declared = None if quantization is None else declared_group_sizes(quantization)
     for path, module, attribute in targets:
         param = getattr(module, attribute)
         shape = tuple(param.get_value().shape)
         name = checkpoint_name(path, config.model_type)
         read: Leaf | None
-        packed = attribute == "kernel" and f"{name}.qweight" in checkpoint.entries
-        if packed and quantization is not None and declared is not None:
-            read = _packed(name, shape, checkpoint, declared(name), quantization["checkpoint_format"], used, problems)
+        if attribute == "kernel" and reader is not None and f"{name}.{reader.required[0]}" in checkpoint.entries:
+            read = _packed(name, shape, checkpoint, reader, used, problems)
         else:
             read = _float(f"{name}.{LEAVES[attribute].suffix}", attribute, shape, checkpoint, used, problems)
         if read is not None:
             setattr(module, attribute, nnx.Param(read))
-    if problems:
-        raise CheckpointError(f"{checkpoint.folder}: {len(problems)} tensors do not fit the config:\n" + "\n".join(problems))
-    return used
+    return used, problems
 
 
 def _float(
@@ -132,93 +135,19 @@ def _float(
 
 
 def _packed(
-    name: str,
-    shape: tuple[int, ...],
-    checkpoint: Checkpoint,
-    declared: int,
-    file_format: str,
-    used: set[str],
-    problems: list[str],
+    name: str, shape: tuple[int, int], checkpoint: Checkpoint, reader: Reader, used: set[str], problems: list[str]
 ) -> PackedTensor | None:
-    """A packed kernel, or None with its problem noted. Bits and group follow from the shapes, whatever the config says; the group
-    size that it declares, where that fits them too."""
-    k, n = shape
-    parts = {
-        part: f"{name}.{part}" for part in ("qweight", "scales", "qzeros", "g_idx") if f"{name}.{part}" in checkpoint.entries
-    }
-    missing = [part for part in ("qweight", "scales", "qzeros") if part not in parts]
+    """A packed kernel, or None with its problems noted."""
+    stored = [part for part in (*reader.required, *reader.optional) if f"{name}.{part}" in checkpoint.entries]
+    missing = [part for part in reader.required if part not in stored]
     if missing:
-        problems.extend(f"  {name}.{part} is missing, although {name}.qweight is there" for part in missing)
+        problems.extend(f"  {name}.{part} is missing, although {name}.{reader.required[0]} is there" for part in missing)
         return None
-    used.update(parts.values())
-    arrays = {part: checkpoint.array(full) for part, full in parts.items()}
-    if any(arrays[part].ndim != 2 for part in ("qweight", "scales", "qzeros")):
-        problems.append(f"  {name}: qweight, scales and qzeros must be matrices")
-        return None
-    bits, remainder = divmod(arrays["qweight"].shape[0] * 32, k)
-    groups = arrays["scales"].shape[0]
-    if remainder or bits not in BITS or groups == 0 or arrays["qzeros"].shape != (groups, n * bits // 32):
-        shapes = ", ".join(f"{part} {list(arrays[part].shape)}" for part in ("qweight", "scales", "qzeros"))
-        problems.append(f"  {name}: {shapes} fit no width of {BITS} for K={k}, N={n}")
-        return None
-    group_size = declared if groups == -(-k // group_rows(k, declared)) else (-1 if groups == 1 else k // groups)
-    group_index = _group_index(arrays.get("g_idx"), k, group_rows(k, group_size))
-    if group_index is not None and (group_index.min() < 0 or group_index.max() >= groups):
-        problems.append(f"  {name}.g_idx holds groups {group_index.min()} to {group_index.max()}, there are {groups}")
-        return None
-    zeros = _zeros(arrays["qzeros"], bits, file_format)
-    packed = PackedTensor(
-        qweight=arrays["qweight"],
-        scales=arrays["scales"],
-        zeros=zeros,
-        group_index=group_index,
-        bits=bits,
-        group_size=group_size,
-        shape=(k, n),
-    )
+    used.update(f"{name}.{part}" for part in stored)
     try:
+        packed = reader.decode(name, shape, {part: checkpoint.array(f"{name}.{part}") for part in stored})
         validate(packed, name)
     except CheckpointError as error:
         problems.append(f"  {error}")
         return None
     return packed
-
-
-def _zeros(stored: np.ndarray, bits: int, checkpoint_format: str) -> np.ndarray | None:
-    """Zero points as a `PackedTensor` keeps them: plain (v1 stores one less), and None where all are 2^(bits-1)."""
-    first_version = checkpoint_format != "gptq_v2"
-    middle = 2 ** (bits - 1) - first_version
-    if np.array_equal(stored, constant_words(middle, bits, (stored.shape[0], stored.shape[1] * 32 // bits))):
-        return None
-    if not first_version:
-        return stored
-    zero_gn = unpack_codes(jnp.asarray(np.ascontiguousarray(stored.T)), bits).T
-    return np.asarray(pack_codes(((zero_gn + 1) % 2**bits).T, bits).T)
-
-
-def _group_index(g_idx: np.ndarray | None, k: int, rows: int) -> np.ndarray | None:
-    """The group of each row, or None where groups are contiguous and whole."""
-    contiguous = np.arange(k, dtype=np.int32) // rows
-    if g_idx is None or np.array_equal(g_idx, contiguous):
-        return None if k % rows == 0 else contiguous
-    return np.asarray(g_idx)
-
-
-def _check_method(quantization: dict[str, Any]) -> dict[str, Any]:
-    """The quantization config, with what this module reads from it filled in and checked."""
-    method = quantization.get("quant_method")
-    if method != "gptq":
-        raise ArchitectureError(
-            f"config.json: quantization method {method!r} cannot be read; expected 'gptq' or a float checkpoint"
-        )
-    version = quantization.get("checkpoint_format") or quantization.get("format") or "gptq"
-    if version not in ("gptq", "gptq_v2"):
-        raise ArchitectureError(f"config.json: checkpoint_format {version!r} cannot be read; expected 'gptq' or 'gptq_v2'")
-    group_size = quantization.get("group_size")
-    if (
-        not isinstance(quantization.get("bits"), int)
-        or not isinstance(group_size, int)
-        or not (group_size == -1 or group_size > 0)
-    ):
-        raise CheckpointError("config.json: quantization_config needs bits and group_size as integers; fetch the file again")
-    return quantization | {"checkpoint_format": version}

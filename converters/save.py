@@ -1,53 +1,48 @@
-"""Decoder -> folder: GPTQ v1 and v2, or float."""
+"""Decoder -> folder, in any format that is written."""
 
-import dataclasses
-import errno
-import functools
-import json
-import shutil
 import warnings
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from converters.encode import encode_float, encode_packed, float_specs, packed_specs
+from converters.formats import refuse, writer_of
 from converters.names import leaves
-from converters.quantization import Format, check_format, quantization_config, reader_warnings
-from converters.shards import JOURNAL, ShardWriter, TensorSpec, partial_folder, refuse_existing
-from jgptq.errors import ConfigError, OutputError
-from jgptq.models import Decoder, checkpoint_name, config_to_hf
-from jgptq.models.packed import PackedTensor, RuntimeTensor
-from jgptq.settings.rules import resolve
-from jgptq.settings.solver import SolverConfig
+from converters.orbax import save_orbax
+from converters.output.describe import layouts_of, settings_of, write_description
+from converters.output.encode import Encoding
+from converters.output.folders import ORBAX, refuse_existing, refuse_unfinished
+from converters.output.shards import ShardWriter
+from converters.reading.entry import DTYPES
+from jgptq.errors import ConfigError
+from jgptq.models import Decoder
+from jgptq.models.packed import RuntimeTensor
+from jgptq.run.report import Report
 
-COPIED = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "generation_config.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-"""Files that are carried along from the folder that a decoder came from."""
+FLOATS = ("float16", "bfloat16", "float32")
+"""Dtypes that float tensors can be cast to."""
 
 
 def save_hf(
-    params: Decoder, folder: str | Path, format: Format = "gptq", *, max_shard_size: int | str = "5GB", overwrite: bool = False
+    params: Decoder,
+    folder: str | Path,
+    format: str = "gptq",
+    *,
+    dtype: str | None = None,
+    report: Report | None = None,
+    max_shard_size: int | str = "5GB",
+    overwrite: bool = False,
 ) -> Path:
-    """Writes a decoder as a Hugging Face folder that is whole or absent.
+    """Writes a decoder as a folder that is whole or absent.
 
-    The folder grows under `<folder>.partial` and is renamed when everything is on the disk. Float leaves keep their dtype.
+    The folder grows under `<folder>.partial` and is renamed when everything is on the disk.
 
     Args:
-      params: a quantized decoder for "gptq" and "gptq_v2"; any decoder for "float", which expands packed kernels.
+      params: a quantized decoder for the formats that pack; any decoder for "float", which expands packed kernels, and "orbax".
       folder: where to.
-      format: "gptq" (v1, symmetric grids), "gptq_v2", or "float".
+      format: "gptq" (v1, symmetric grids), "gptq_v2", "compressed-tensors", "float", or "orbax".
+      dtype: for "float": cast all tensors to "float16", "bfloat16" or "float32". By default float leaves keep their dtype, and
+        packed kernels are rounded to the embedding's.
+      report: of the run that made the decoder; its table goes into the model card.
       max_shard_size: bytes in one shard, such as "5GB" or "300MiB".
       overwrite: replace a folder that exists.
 
@@ -60,91 +55,40 @@ def save_hf(
     """
     out = Path(folder)
     refuse_existing(out, overwrite)
-    if (partial_folder(out) / JOURNAL).exists() and not overwrite:
-        message = f"{partial_folder(out)} holds an unfinished run; finish it, delete it, or pass overwrite=True"
-        raise OutputError(errno.EEXIST, message)
+    refuse_unfinished(out, overwrite)
     if any(isinstance(getattr(module, attribute).get_value(), RuntimeTensor) for _, module, attribute in leaves(params)):
         raise ConfigError("the decoder is in the runtime layout, which files do not hold; save what `for_serving` was given")
-    if format != "float" and params.quantization is None:
+    check_dtype(format, dtype)
+    cast = None if dtype is None else next(known for known in DTYPES.values() if known.name == dtype)
+    if format == ORBAX:
+        return save_orbax(params, out, report=report)
+    writer = writer_of(format, more=(ORBAX,))
+    if writer.packs and params.quantization is None:
         raise ConfigError("the decoder holds no packed kernels; quantize it first, or write it with format='float'")
+    embedding = params.embed_tokens.embedding.get_value().dtype  # which is never packed
+    layouts = layouts_of(params, np.dtype(embedding) if cast is None else cast)
     if params.quantization is not None:
-        check_format(format, params.quantization)
-        for warning in reader_warnings(params.quantization, format):
+        refuse(writer, [used for used in settings_of(params).values() if used is not None])
+        for warning in writer.warnings(params.quantization, any(layout.reordered for layout in layouts.values())):
             warnings.warn(warning, UserWarning, stacklevel=2)
-    writer = ShardWriter(out, _specs(params, format), max_shard_size=max_shard_size)
-    for path, module, attribute in leaves(params):
-        leaf = getattr(module, attribute).get_value()
-        for name, array in encode_leaf(params, path, attribute, leaf, format).items():
-            writer.write(name, array)
-    write_settings(writer, params, format)
-    return writer.finish()
+    encoding = Encoding(writer=writer, layouts=layouts, model_type=params.config.model_type, dtype=cast)
+    values = [(path, attribute, getattr(module, attribute).get_value()) for path, module, attribute in leaves(params)]
+    specs = [spec for path, attribute, leaf in values for spec in encoding.specs(path, attribute, leaf)]
+    shards = ShardWriter(out, specs, max_shard_size=max_shard_size)
+    for path, attribute, leaf in values:
+        for name, array in encoding.tensors(path, attribute, leaf).items():
+            shards.write(name, array)
+    write_description(shards, params, format, writer, layouts, report=report, dtype=cast)
+    return shards.finish()
 
 
-def encode_leaf(params: Decoder, path: str, attribute: str, leaf: Any, file_format: str) -> dict[str, np.ndarray]:
-    """The tensors of one leaf in a format."""
-    name = checkpoint_name(path, params.config.model_type)
-    if isinstance(leaf, PackedTensor) and file_format != "float":
-        return encode_packed(name, leaf, file_format)
-    return encode_float(name, attribute, leaf, _expanded_dtype(params) if isinstance(leaf, PackedTensor) else None)
+def check_dtype(format: str, dtype: str | None) -> None:
+    """Refuses a dtype that the tensors of a format cannot be cast to.
 
-
-def write_settings(writer: ShardWriter, params: Decoder, file_format: str) -> None:
-    """Writes config.json and quantize_config.json, and copies the tokenizer's files."""
-    stored = str(params.embed_tokens.embedding.get_value().dtype)
-    origin = params.origin
-    hf = config_to_hf(params.config, stored) if origin is None else json.loads(origin.hf_config)
-    if file_format != "float" and params.quantization is not None:
-        kernels = dict(_kernels(params))
-        quantization = quantization_config(params.quantization, file_format, _settings(params, kernels), params.config)
-        shuffled = any(isinstance(kernel, PackedTensor) and kernel.group_index is not None for kernel in kernels.values())
-        quantization["desc_act"] = shuffled
-        if shuffled:
-            warnings.warn("vLLM refuses desc_act with groups; GPTQModel loads it", UserWarning, stacklevel=3)
-        hf["quantization_config"] = quantization
-        writer.write_text("quantize_config.json", json.dumps(quantization, indent=2) + "\n")
-    writer.write_text("config.json", json.dumps(hf, indent=2) + "\n")
-    for name in COPIED:
-        if origin is not None and (Path(origin.folder) / name).is_file():
-            writer.guard(name, functools.partial(shutil.copyfile, Path(origin.folder) / name, writer.folder / name))
-
-
-def _kernels(params: Decoder) -> Iterator[tuple[str, Any]]:
-    """Paths of the linears of all blocks, and of the head, with their kernels."""
-    for index, block in enumerate(params.layers):
-        for name, linear in block.linears().items():
-            yield f"layers.{index}.{name}", linear.kernel.get_value()
-    if params.lm_head is not None:
-        yield "lm_head", params.lm_head.kernel.get_value()
-
-
-def _settings(params: Decoder, kernels: Mapping[str, Any]) -> dict[str, SolverConfig | None]:
-    """The settings of each linear by its path, from its kernel; None for float. A grid is symmetric if the run's was: an
-    asymmetric one may look so by chance."""
-    used: dict[str, SolverConfig | None] = {}
-    for path, kernel in kernels.items():
-        used[path] = None
-        if isinstance(kernel, PackedTensor) and params.quantization is not None:
-            name = checkpoint_name(path, params.config.model_type)
-            asked = resolve(params.quantization, name) or params.quantization.with_rule(None)
-            sym = asked.sym and kernel.zeros is None
-            used[path] = dataclasses.replace(asked, bits=kernel.bits, group_size=kernel.group_size, sym=sym)
-    return used
-
-
-def _specs(params: Decoder, file_format: str) -> list[TensorSpec]:
-    specs = []
-    for path, module, attribute in leaves(params):
-        leaf = getattr(module, attribute).get_value()
-        name = checkpoint_name(path, params.config.model_type)
-        if not isinstance(leaf, PackedTensor):
-            specs += float_specs(name, attribute, leaf.shape, leaf.dtype)
-        elif file_format == "float":
-            specs += float_specs(name, attribute, leaf.shape, _expanded_dtype(params))
-        else:
-            specs += packed_specs(name, leaf.shape, leaf.bits, leaf.group_size, np.dtype(leaf.scales.dtype))
-    return specs
-
-
-def _expanded_dtype(params: Decoder) -> np.dtype:
-    """Expanded kernels are stored like the embedding, which is never packed."""
-    return np.dtype(params.embed_tokens.embedding.get_value().dtype)
+    Raises:
+      ConfigError: an unknown dtype, or a format that keeps the dtype of each tensor.
+    """
+    if dtype is not None and format != "float":
+        raise ConfigError(f"dtype casts the tensors of format 'float'; {format!r} keeps the dtype of each, so leave it out")
+    if dtype not in (None, *FLOATS):
+        raise ConfigError(f"dtype must be one of {', '.join(FLOATS)}, found {dtype!r}")

@@ -12,20 +12,37 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save
 
-from converters.checkpoint import Checkpoint, TensorEntry, read_header
-from converters.encode import float_specs, packed_specs
+from converters.checkpoint import Checkpoint
+from converters.formats import FORMATS, Layout, Reader, Writer, Written, check_format, reader_of
+from converters.formats.settings import HEAD
 from converters.load import load_unit
 from converters.names import leaves, unit_leaves
-from converters.quantization import HEAD, Format, check_format, quantization_config, reader_warnings
-from converters.save import encode_leaf, write_settings
-from converters.shards import JOURNAL, ShardWriter, TensorSpec, parse_size, partial_folder, refuse_existing
+from converters.output.describe import write_description
+from converters.output.encode import Encoding
+from converters.output.folders import JOURNAL, partial_folder, refuse_existing
+from converters.output.shards import ShardWriter, TensorSpec, parse_size
+from converters.reading.entry import TensorEntry
+from converters.reading.safetensors_header import read_header
 from jgptq.errors import ConfigError, OutputError
 from jgptq.models import Decoder, Unit, checkpoint_name
 from jgptq.run.plan import settings_by_path, unit_prefix, units
 from jgptq.run.report import LinearReport, Report, row_to_dict
 from jgptq.settings.run import QuantizeConfig
 
-REPORT = "quantize_report.json"
+
+def check_streamed(file_format: str, config: QuantizeConfig) -> Writer:
+    """The writer of a format that a run can write block by block.
+
+    Raises:
+      ConfigError: another format, or one that cannot hold the grid.
+    """
+    streamed = [known.name for known in FORMATS if known.writer is not None and known.writer.packs]
+    if file_format not in streamed:
+        raise ConfigError(
+            f"a quantized run is written as one of {', '.join(streamed)}, found {file_format!r}; convert the result to another "
+            "format with `jgptq convert`"
+        )
+    return check_format(file_format, config)
 
 
 class FolderSink:
@@ -39,7 +56,7 @@ class FolderSink:
       params: the float decoder that is quantized.
       config: the run's settings.
       calib: int32 calibration tokens `[samples, seq_len]`, which name the run; None where it uses none.
-      file_format: "gptq" or "gptq_v2".
+      file_format: "gptq", "gptq_v2" or "compressed-tensors".
       max_shard_size: bytes in one shard.
       batch_size: as given to the driver; the order of float32 sums depends on it, so it names the run too.
       overwrite: replace a folder that exists, and drop the rest of another run.
@@ -56,19 +73,19 @@ class FolderSink:
         config: QuantizeConfig,
         calib: np.ndarray | None,
         *,
-        file_format: Format = "gptq",
+        file_format: str = "gptq",
         max_shard_size: int | str = "5GB",
         batch_size: int | None = None,
         overwrite: bool = False,
     ):
         self.out = Path(out)
         refuse_existing(self.out, overwrite)
-        check_format(file_format, config)
-        if file_format == "float":
-            raise ConfigError("a quantized run is written as 'gptq' or 'gptq_v2'; use save_hf for a float folder")
-        for warning in reader_warnings(config, file_format):
-            warnings.warn(warning, UserWarning, stacklevel=2)
+        writer = check_streamed(file_format, config)
         self._params, self._config, self._format = params, config, file_format
+        self._planned = settings_by_path(params, config)
+        self._encoding = Encoding(writer=writer, layouts=self._layouts(), model_type=params.config.model_type)
+        for warning in writer.warnings(config, any(layout.reordered for layout in self._encoding.layouts.values())):
+            warnings.warn(warning, UserWarning, stacklevel=2)
         self._max_shard_size = parse_size(max_shard_size)
         self._run = _fingerprint(params, config, calib, file_format, self._max_shard_size, batch_size)
         self._journal = partial_folder(self.out) / JOURNAL
@@ -94,11 +111,9 @@ class FolderSink:
         for file in (*writer.files, *movable):
             entries |= read_header(writer.folder / file)
         checkpoint = Checkpoint(writer.folder, entries)
-        planned = settings_by_path(self._params, self._config)
-        written = quantization_config(self._config, self._format, planned, self._params.config)
-        parts, finished = units(self._params, self._config), {}
+        parts, reader, finished = units(self._params, self._config), self._reader(), {}
         for line in lines:
-            block = load_unit(line["block"], parts[line["block"]], checkpoint, written)
+            block = load_unit(line["block"], parts[line["block"]], checkpoint, reader)
             finished[line["block"]] = (block, tuple(LinearReport(**row) for row in line["rows"]))
         return finished
 
@@ -110,7 +125,7 @@ class FolderSink:
         """
         movable: dict[str, np.ndarray] = {}
         may_move = self._movable(index, block)
-        for _, name, array in self._encoded(unit_leaves(index, block), self._params):
+        for _, name, array in self._encoded(unit_leaves(index, block)):
             if name in may_move:
                 movable[name] = np.ascontiguousarray(array)  # safetensors writes the memory of a view as if it were whole
             else:
@@ -138,12 +153,11 @@ class FolderSink:
             raise ConfigError("the decoder was quantized with other settings than the sink's; give both the same config")
         parts = enumerate(units(qparams, self._config))
         movable = {name for index, unit in parts for name in self._movable(index, unit)}
-        for path, name, array in self._encoded(leaves(qparams), qparams):
+        for path, name, array in self._encoded(leaves(qparams)):
             in_unit = path.startswith("layers.") or (path == HEAD and self._config.lm_head)
             if not in_unit or name in movable:  # what is left is in its place already
                 self._writer.write(name, array)
-        write_settings(self._writer, qparams, self._format)
-        self._writer.write_text(REPORT, report.to_json() + "\n")
+        write_description(self._writer, qparams, self._format, self._encoding.writer, self._encoding.layouts, report=report)
         folder = self._writer.finish()
         # The journal goes last: until the folder is whole, a run that fails finds all its blocks again.
         for file in folder.glob(_movable_file("*")):
@@ -151,18 +165,35 @@ class FolderSink:
         (folder / JOURNAL).unlink()
         return folder
 
-    def _encoded(self, parts: Iterable[tuple[str, nnx.Module, str]], params: Decoder) -> Iterator[tuple[str, str, np.ndarray]]:
+    def _encoded(self, parts: Iterable[tuple[str, nnx.Module, str]]) -> Iterator[tuple[str, str, np.ndarray]]:
         """The tensors of leaves, as (path of the module, name, array)."""
         for path, module, attribute in parts:
             leaf = getattr(module, attribute).get_value()
-            for name, array in encode_leaf(params, path, attribute, leaf, self._format).items():
+            for name, array in self._encoding.tensors(path, attribute, leaf).items():
                 yield path, name, array
+
+    def _layouts(self) -> dict[str, Layout]:
+        """What the files hold of each linear that is packed, by its path."""
+        shapes = {
+            path: getattr(module, attribute).get_value().shape
+            for path, module, attribute in leaves(self._params)
+            if attribute == "kernel"
+        }
+        return {path: Layout.planned(shapes[path], used) for path, used in self._planned.items() if used is not None}
+
+    def _reader(self) -> Reader:
+        """Reads what this sink writes."""
+        written = Written(run=self._config, linears=self._planned, model=self._params.config)
+        quantization = self._encoding.writer.quantization_config(written)
+        assert quantization is not None  # a writer that packs has one
+        return reader_of(quantization)
 
     def _movable(self, index: int, unit: Unit) -> set[str]:
         """The tensors of a unit that tuning may move: scales of codes, and of norms."""
         if not self._config.tune:
             return set()
-        names = [(path, "scales") for path in unit.linears()] + [(path, "weight") for path in unit.norms()]
+        scales = self._encoding.writer.scales
+        names = [(path, scales) for path in unit.linears()] + [(path, "weight") for path in unit.norms()]
         prefix, architecture = unit_prefix(unit, index), self._params.config.model_type
         return {f"{checkpoint_name(prefix + path, architecture)}.{part}" for path, part in names}
 
@@ -178,17 +209,8 @@ class FolderSink:
         self._writer.guard(file, write)
 
     def _specs(self) -> list[TensorSpec]:
-        planned = settings_by_path(self._params, self._config)
-        specs = []
-        for path, module, attribute in leaves(self._params):
-            leaf = getattr(module, attribute).get_value()
-            name = checkpoint_name(path, self._params.config.model_type)
-            settings = planned.get(path)
-            if attribute == "kernel" and settings is not None:
-                specs += packed_specs(name, leaf.shape, settings.bits, settings.group_size)
-            else:
-                specs += float_specs(name, attribute, leaf.shape, leaf.dtype)
-        return specs
+        values = [(path, attribute, getattr(module, attribute).get_value()) for path, module, attribute in leaves(self._params)]
+        return [spec for path, attribute, leaf in values for spec in self._encoding.specs(path, attribute, leaf)]
 
     def _check_journal(self, overwrite: bool) -> bool:
         """Whether there is an unfinished run to continue."""
@@ -232,7 +254,8 @@ def _fingerprint(params: Decoder, config: QuantizeConfig, calib: np.ndarray | No
         digest.update(np.ascontiguousarray(calib, np.int32).tobytes())
     if params.origin is not None:
         digest.update(params.origin.hf_config.encode())
-        for file in sorted(Path(params.origin.folder).glob("*.safetensors")):
+        weights = (path for path in Path(params.origin.folder).iterdir() if path.suffix in (".safetensors", ".bin"))
+        for file in sorted(weights):
             digest.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
     for path, module, attribute in leaves(params):
         leaf = getattr(module, attribute).get_value()

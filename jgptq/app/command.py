@@ -13,6 +13,7 @@ from jgptq.errors import JgptqError
 from jgptq.settings.options import Option, allowed, flag, options
 
 Model = Annotated[str, typer.Argument(help="Checkpoint folder or hub id.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id; by default its main branch.")]
 SeqLen = Annotated[int, typer.Option(help="Tokens in one sample or window.")]
 Dtype = Annotated[str, typer.Option(help="Dtype of activations: auto (the checkpoint's), float32 or bfloat16.")]
 CompileCache = Annotated[

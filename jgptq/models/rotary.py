@@ -6,6 +6,7 @@ Rotary embedding: RoFormer, arXiv 2104.09864. Scalings: linear (position interpo
 
 import dataclasses
 import math
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -62,18 +63,21 @@ class RopeConfig:
           CheckpointError: a setting that the scaling needs is missing or has the wrong length.
         """
         # Where a file has both forms, transformers reads the old one.
-        given = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+        forms = config.get("rope_scaling") or config.get("rope_parameters") or {}
+        given = {key: value for key, value in forms.items() if value is not None}
         rope_type = given.pop("rope_type", None) or given.pop("type", None) or "default"
         given.pop("type", None)
         if rope_type not in _REQUIRED:
-            raise ArchitectureError(f"config.json: rotary scaling {rope_type!r} is not known; known are {', '.join(_REQUIRED)}")
-        given.setdefault("partial_rotary_factor", config.get("partial_rotary_factor", 1.0 if partial is None else partial))
+            found = reprlib.repr(rope_type)
+            raise ArchitectureError(f"config.json: rotary scaling {found} is not known; known are {', '.join(_REQUIRED)}")
+        default = 1.0 if partial is None else partial
+        given.setdefault("partial_rotary_factor", config.get("partial_rotary_factor") or default)
         if partial is None and given["partial_rotary_factor"] != 1.0:
             raise ArchitectureError(
                 f"config.json: partial_rotary_factor {given['partial_rotary_factor']} (expected 1) is not implemented"
             )
         maximum = config.get("max_position_embeddings", 2048)
-        given.setdefault("rope_theta", config.get("rope_theta", 10000.0))
+        given.setdefault("rope_theta", config.get("rope_theta") or 10000.0)
         if rope_type in ("llama3", "yarn", "longrope"):
             given.setdefault("original_max_position_embeddings", maximum)
             # Phi-3 writes it at the top level of config.json; that value takes precedence over the one in the rotary settings.
@@ -89,6 +93,7 @@ class RopeConfig:
                 if len(given[key]) != rotated // 2:
                     length = len(given[key])
                     raise CheckpointError(f"config.json: {key} needs {rotated // 2} numbers, half of head_dim, found {length}")
+        _check_relations(rope_type, given, rotated)
         fields = {field.name for field in dataclasses.fields(cls)}
         kept = {key: value for key, value in given.items() if key in fields and value is not None}
         return cls(rope_type=rope_type, max_position_embeddings=maximum, **kept)
@@ -98,6 +103,23 @@ class RopeConfig:
         items = dataclasses.asdict(self).items()
         skipped = {"max_position_embeddings"} | (set() if self.rope_type == "yarn" else {"truncate"})
         return {key: value for key, value in items if key not in skipped and value is not None}
+
+
+def _check_relations(rope_type: str, given: Mapping[str, Any], rotated: int) -> None:
+    """Refuses settings that are allowed one by one and have no frequencies together.
+
+    Raises:
+      CheckpointError: an odd number of rotated features, or a division by zero.
+    """
+    if rotated % 2:
+        raise CheckpointError(f"config.json: rotary positions need an even number of features of a head, found {rotated}")
+    if rope_type == "dynamic" and rotated == 2:
+        raise CheckpointError("config.json: rotary scaling 'dynamic' needs more than 2 rotated features of a head, found 2")
+    if rope_type == "llama3" and given["low_freq_factor"] >= given["high_freq_factor"]:
+        low, high = given["low_freq_factor"], given["high_freq_factor"]
+        raise CheckpointError(f"config.json: expected low_freq_factor below high_freq_factor, found {low} and {high}")
+    if rope_type == "longrope" and given["original_max_position_embeddings"] == 1:
+        raise CheckpointError("config.json: rotary scaling 'longrope' needs original_max_position_embeddings above 1, found 1")
 
 
 def rotary_tables(

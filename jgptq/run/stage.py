@@ -30,24 +30,37 @@ class Job:
 
 
 def solve_linears(
-    names: Sequence[str], linears: Mapping[str, Linear], total: StageSums | None, config: SolverConfig, job: Job
+    names: Sequence[str],
+    linears: Mapping[str, Linear],
+    total: StageSums | None,
+    config: SolverConfig,
+    job: Job,
+    *,
+    pulled: bool = False,
 ) -> tuple[dict[str, PackedTensor], list[LinearReport]]:
-    """Solves the linears of a stage, and puts their expanded kernels into the block that the stage is of."""
+    """Solves the linears of a stage, and puts their expanded kernels into the block that the stage is of. Where the sums were
+    observed with a pull, `pulled` says so."""
     kernels = [linear.kernel.get_value() for linear in linears.values()]
-    solved, rows = solve_kernels(names, kernels, total, config, job)
+    solved, rows = solve_kernels(names, kernels, total, config, job, pulled=pulled)
     for linear, kernel in zip(linears.values(), solved.kernels, strict=True):
         linear.kernel.set_value(kernel)
     return {path: result.packed for path, result in zip(linears, solved.linears, strict=True)}, rows
 
 
 def solve_kernels(
-    names: Sequence[str], kernels: Sequence[Array], total: StageSums | None, config: SolverConfig, job: Job
+    names: Sequence[str],
+    kernels: Sequence[Array],
+    total: StageSums | None,
+    config: SolverConfig,
+    job: Job,
+    *,
+    pulled: bool = False,
 ) -> tuple[SolvedStage, list[LinearReport]]:
     """Solves kernels `[K, N_i]` that read the same activations; a failed solve is an error that names them."""
     started = time.monotonic()
     tokens = 0 if total is None else int(total.hessian.tokens)
     with lapack_threads(kernels[0].shape[0]):
-        prepared = None if total is None else prepare_stage(total, config, job.placement)
+        prepared = None if total is None else prepare_stage(total, config, job.placement, pulled=pulled)
         solved, note = _solve_checked(names, kernels, prepared, config, job)
     seconds = time.monotonic() - started
     width = sum(result.packed.shape[1] for result in solved.linears)

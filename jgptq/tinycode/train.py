@@ -19,7 +19,7 @@ import optax
 from flax import nnx
 
 from converters import save_hf
-from converters.shards import refuse_existing
+from converters.output.folders import refuse_existing
 from jgptq.models import Decoder, ModelConfig, Origin, config_to_hf
 from jgptq.models.rotary import RopeConfig
 from jgptq.tinycode import SEQ_LEN

@@ -5,6 +5,7 @@ import json
 import re
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import tiny
@@ -155,7 +156,7 @@ def test_seed_chooses_other_samples(model: Path, calib: str, tmp_path: Path):
         (["quantize", "MODEL", "OUT", "--calib", "CALIB", "--asym"], "use 'gptq_v2'"),
         (
             ["quantize", "MODEL", "OUT", "--calib", "CALIB", "--seq-len", 16, "--format", "float"],
-            "written as 'gptq' or 'gptq_v2'",
+            "written as one of gptq, gptq_v2, compressed-tensors, found 'float'",
         ),
         (["quantize", "MODEL", "MODEL", "--calib", "CALIB"], "exists; choose another folder"),
         (["quantize", "MODEL", "OUT", "--calib", "CALIB"], "expected at least seq_len=2048 tokens"),
@@ -163,6 +164,12 @@ def test_seed_chooses_other_samples(model: Path, calib: str, tmp_path: Path):
         (["quantize", "NOWHERE", "OUT", "--calib", "CALIB"], "not a folder"),
         (["eval", "MODEL", "--data", "CALIB", "--dtype", "int4"], "known are auto, float32, bfloat16"),
         (["demo", "--model", "MODEL"], "needs --calib and --data"),
+        (["convert", "MODEL", "OUT", "--format", "gptq"], "quantize it first"),
+        (
+            ["convert", "MODEL", "OUT", "--format", "marlin"],
+            "format must be one of gptq, gptq_v2, compressed-tensors, float, orbax",
+        ),
+        (["push", "NOWHERE", "me/model"], "expected config.json and one of"),
     ],
 )
 def test_an_error_is_one_message_and_leaves_no_folder(model: Path, calib: str, tmp_path: Path, arguments: list, message: str):
@@ -175,7 +182,46 @@ def test_an_error_is_one_message_and_leaves_no_folder(model: Path, calib: str, t
     assert sorted(path.name for path in tmp_path.iterdir()) == ["calib.npy", "model"]
 
 
-@pytest.mark.parametrize("command", ["quantize", "eval", "demo"])
+def test_convert_writes_another_format_and_eval_gives_the_same_perplexity(model: Path, calib: str, tmp_path: Path):
+    code, output = quantize(model, tmp_path / "out", calib, "--method", "rtn")
+    assert code == 0, output
+    code, output = run("convert", tmp_path / "out", tmp_path / "ct", "--format", "compressed-tensors")
+    assert (code, output) == (0, f"wrote {tmp_path / 'ct'} as compressed-tensors\n")
+    scores = [json.loads(run("eval", tmp_path / name, "--data", calib, "--seq-len", 16, "--json")[1]) for name in ("out", "ct")]
+    assert scores[0]["perplexity"] == scores[1]["perplexity"]
+    code, output = run("convert", tmp_path / "out", tmp_path / "half", "--format", "float", "--dtype", "float16")
+    assert code == 1
+    assert "pass --lossy" in output
+    code, output = run("convert", tmp_path / "out", tmp_path / "half", "--format", "float", "--dtype", "float16", "--lossy")
+    assert code == 0, output
+    code, output = run("convert", tmp_path / "ct", tmp_path / "half", "--format", "gptq", "--max-shard-size", "20KB")
+    assert code == 1
+    assert "pass --overwrite" in output
+    code, output = run(
+        "convert", tmp_path / "ct", tmp_path / "half", "--format", "gptq", "--max-shard-size", "20KB", "--overwrite"
+    )
+    assert code == 0, output
+    assert len(list((tmp_path / "half").glob("*.safetensors"))) > 1
+
+
+def test_quantize_refuses_a_quantized_model_before_it_reads_any_text(model: Path, calib: str, tmp_path: Path):
+    assert quantize(model, tmp_path / "out", calib, "--method", "rtn", "--format", "compressed-tensors")[0] == 0
+    code, output = quantize(tmp_path / "out", tmp_path / "again", "nothing.npy")
+    assert code == 1
+    assert f"jgptq convert {tmp_path / 'out'} OUT --format float" in output
+
+
+def test_push_uploads_a_folder_and_prints_where_it_is(model: Path, monkeypatch: pytest.MonkeyPatch):
+    from converters import hub
+
+    calls = []
+    monkeypatch.setattr(hub, "push_to_hub", lambda *args, **named: calls.append((args, named)) or "https://hub/commit/1")
+    code, output = run("push", model, "me/model", "--private", "--revision", "int4", "--message", "4 bits")
+    assert (code, output) == (0, "https://hub/commit/1\n")
+    assert calls == [((model, "me/model"), {"private": True, "revision": "int4", "message": "4 bits"})]
+
+
+@pytest.mark.parametrize("command", ["quantize", "eval", "convert", "push", "demo"])
 def test_help_has_an_example(command: str):
     code, output = run(command, "--help")
     assert code == 0
@@ -195,3 +241,26 @@ def test_demo_shows_the_order_and_reads_its_export_back(tmp_path: Path, monkeypa
     reloaded, kept = re.search(r"read back: perplexity ([\d.]+), in memory ([\d.]+)", output).groups()
     assert reloaded == kept
     assert load_hf(tmp_path / "export").quantization.bits == 4
+
+
+def test_a_revision_reaches_the_hub_from_both_commands(model: Path, calib: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    asked = []
+
+    def fetch(name: str, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((name, revision))
+        return str(model)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    code, output = quantize(Path("someone/model"), tmp_path / "out", calib, "--method", "rtn", "--revision", "v1")
+    assert code == 0, output
+    code, output = run("eval", "someone/model", "--data", calib, "--seq-len", 16, "--revision", "v2")
+    assert code == 0, output
+    assert asked == [("someone/model", "v1"), ("someone/model", "v2")]
+
+
+def test_a_quantized_folder_is_not_quantized_again(model: Path, calib: str, tmp_path: Path):
+    quantize(model, tmp_path / "out", calib, "--method", "rtn")
+    code, output = quantize(tmp_path / "out", tmp_path / "again", calib)
+    assert code == 1
+    assert output == f"error: {tmp_path / 'out'}: the decoder is quantized already; start from the float checkpoint\n"
+    assert not list(tmp_path.glob("again*"))

@@ -16,7 +16,8 @@ from tiny import assert_same
 
 import jgptq
 from converters import load_hf, save_hf
-from converters.checkpoint import INDEX, SINGLE, resolve_folder
+from converters.checkpoint import INDEX, SINGLE
+from converters.reading.hub import resolve_folder
 from jgptq.errors import ArchitectureError, CheckpointError
 
 
@@ -126,7 +127,7 @@ def test_tensors_that_the_model_does_not_have_are_refused_but_for_known_leftover
     load_hf(folder)
     tensors["model.layers.0.self_attn.q_proj.bias"] = np.zeros(64, np.float16)
     safetensors.numpy.save_file(tensors, folder / SINGLE)
-    with pytest.raises(CheckpointError, match=r"1 tensors that a llama does not have: model\.layers\.0\.self_attn\.q_proj\.bias"):
+    with pytest.raises(CheckpointError, match=r"model\.layers\.0\.self_attn\.q_proj\.bias is none of a llama"):
         load_hf(folder)
 
 
@@ -160,15 +161,18 @@ def test_a_config_that_cannot_be_used_is_refused(folder: Path, content: str | No
 
 
 def test_other_quantization_methods_are_refused_by_name(folder: Path):
-    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": {"quant_method": "awq"}}
+    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": {"quant_method": "bitsandbytes"}}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ArchitectureError, match="quantization method 'awq'"):
+    with pytest.raises(
+        ArchitectureError,
+        match=r"quantization method 'bitsandbytes' .*expected one of 'gptq', 'gptq_v2', 'compressed-tensors', 'awq'",
+    ):
         load_hf(folder)
 
 
 def test_a_folder_without_safetensors_names_the_files_it_has(folder: Path):
-    (folder / SINGLE).rename(folder / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match=r"found pytorch_model\.bin: save the model as safetensors first"):
+    (folder / SINGLE).rename(folder / "model.gguf")
+    with pytest.raises(CheckpointError, match=r"found 'model\.gguf': save the model as safetensors first"):
         load_hf(folder)
 
 
@@ -181,17 +185,37 @@ def test_names_that_are_neither_folder_nor_hub_id_are_refused(name: str):
 def test_hub_ids_are_fetched_without_code_and_failures_name_them(monkeypatch: pytest.MonkeyPatch, folder: Path):
     calls = []
 
-    def fetch(name: str, allow_patterns: list[str]) -> str:
-        calls.append((name, allow_patterns))
+    def fetch(name: str, revision: str | None, allow_patterns: list[str]) -> str:
+        calls.append((name, revision, allow_patterns))
         if name == "someone/lost":
             raise OSError("no network")
         return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
     assert_same(load_hf("someone/model"), tiny.decoder())
-    assert not any("py" in pattern or "bin" in pattern for pattern in calls[0][1])
-    with pytest.raises(CheckpointError, match=r"someone/lost.*no network"):
-        load_hf("someone/lost")
+    load_hf("someone/model", revision="v1")
+    assert [revision for _, revision, _ in calls] == [None, "v1"]
+    assert not any("py" in pattern or "bin" in pattern for *_, patterns in calls for pattern in patterns)
+    with pytest.raises(CheckpointError, match=r"someone/lost at revision 'v2'.*no network"):
+        load_hf("someone/lost", revision="v2")
+
+
+def test_torch_files_are_fetched_only_where_there_are_no_safetensors(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    calls = []
+
+    def fetch(name: str, revision: str | None, allow_patterns: list[str]) -> str:
+        calls.append(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    resolve_folder("someone/model")
+    assert ["pytorch_model*.bin" in patterns for patterns in calls] == [False, True]
+    assert ["*.safetensors" in patterns for patterns in calls] == [True, False]
+
+
+def test_a_revision_of_a_local_folder_is_refused(folder: Path):
+    with pytest.raises(CheckpointError, match="a local folder has no revision 'main'"):
+        load_hf(folder, revision="main")
 
 
 def rewrite(folder: Path, change) -> Path:
@@ -276,6 +300,13 @@ def test_a_linear_that_was_left_float_stays_declared(tmp_path: Path, quantized_f
 def test_malformed_packed_parts_are_named(quantized_folder: Path, change, message: str):
     with pytest.raises(CheckpointError, match=rf"(?s)up_proj.*{message}"):
         load_hf(rewrite(quantized_folder, change))
+
+
+@pytest.mark.parametrize("pattern", [r"(\w*)*x", r".*.*.*.*.*x", r"(a|aa)+$"])
+def test_a_rule_whose_match_may_not_end_is_refused(quantized_folder: Path, pattern: str):
+    edit_config(quantized_folder, lambda config: config.update(dynamic={f"+:{pattern}": {"bits": 4}}))
+    with pytest.raises(CheckpointError, match=r"quantization_config\.dynamic: expected patterns of at most 4 repeats"):
+        load_hf(quantized_folder)
 
 
 @pytest.mark.parametrize("broken", [{"bits": None}, {"group_size": None}, {"group_size": 0}])

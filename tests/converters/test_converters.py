@@ -15,7 +15,8 @@ from tiny import assert_same
 import jgptq
 from converters import load_hf, save_hf
 from converters.checkpoint import SINGLE
-from converters.quantization import dynamic_rules, quantization_config, reader_warnings
+from converters.formats import Written, writer_of
+from converters.formats.gptq import dynamic_rules
 from jgptq.errors import ConfigError
 from jgptq.models.memory import to_device
 from jgptq.settings.run import QuantizeConfig
@@ -141,7 +142,8 @@ def test_kept_linears_are_skipped_by_anchored_rules_that_also_match_fused_names(
     assert not skipped("model.layers.0.mlp.down_proj")
     assert not skipped("model.layers.1.mlp.down_proj_extra")
     assert not skipped("model.layers.0.self_attn.q_proj")
-    assert "dynamic" not in quantization_config(QuantizeConfig(), "gptq", {}, tiny.config())
+    plain = Written(run=QuantizeConfig(), linears={}, model=tiny.config())
+    assert "dynamic" not in writer_of("gptq").quantization_config(plain)
 
 
 @pytest.mark.filterwarnings("ignore:transformers reads no rules")
@@ -180,9 +182,9 @@ def test_an_opt_is_written_under_its_own_names(tmp_path: Path):
     ],
 )
 def test_settings_that_a_reader_refuses_are_warned_of_by_its_name(settings: dict, readers: list[str]):
-    sentences = reader_warnings(QuantizeConfig(**settings), "gptq")
+    sentences = writer_of("gptq").warnings(QuantizeConfig(**settings))
     assert [warning.split()[0] for warning in sentences] == readers
-    assert reader_warnings(QuantizeConfig(**settings), "float") == []
+    assert writer_of("float").warnings(QuantizeConfig(**settings)) == []
 
 
 def test_saving_warns(tmp_path: Path):
@@ -202,5 +204,5 @@ def test_formats_that_do_not_fit_the_parameters_are_refused(tmp_path: Path):
     with pytest.raises(ConfigError, match="quantize it first"):
         save_hf(tiny.decoder(), tmp_path / "out")
     quantized, _ = jgptq.quantize(tiny.decoder(), method="rtn", group_size=32)
-    with pytest.raises(ConfigError, match="format must be one of gptq, gptq_v2, float"):
+    with pytest.raises(ConfigError, match="format must be one of gptq, gptq_v2, compressed-tensors, float, orbax"):
         save_hf(quantized, tmp_path / "out", format="awq")  # type: ignore[arg-type]

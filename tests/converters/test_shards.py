@@ -11,7 +11,7 @@ from tiny import assert_same
 
 from converters import load_hf, save_hf
 from converters.checkpoint import INDEX
-from converters.shards import ShardWriter, TensorSpec, parse_size
+from converters.output.shards import ShardWriter, TensorSpec, parse_size
 from jgptq.errors import ConfigError, OutputError
 
 

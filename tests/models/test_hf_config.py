@@ -129,7 +129,7 @@ SWITCHES = {
     "query_pre_attn_scalar": st.sampled_from([16, 144]),
     "attn_logit_softcapping": st.sampled_from([None, 50.0]),
     "final_logit_softcapping": st.sampled_from([None, 30.0]),
-    "embedding_width": st.sampled_from([None, 48]),
+    "embedding_width": st.sampled_from([None, 40]),
 }
 
 

@@ -7,27 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from stopping import Stopped, StoppingSink
 
 import jgptq
 from converters import FolderSink, load_hf, save_hf
-from converters.shards import ShardWriter
+from converters.output.shards import ShardWriter
 from jgptq.errors import CalibrationError, ConfigError, OutputError
 from jgptq.run import stage, tiles
 
 SETTINGS = {"bits": 3, "group_size": 32}
 pytestmark = pytest.mark.filterwarnings("ignore:vLLM refuses 3-bit")
-
-
-class Stopped(Exception):
-    pass
-
-
-class StoppingSink(FolderSink):
-    """Is stopped after its first block, as a run that is killed."""
-
-    def write(self, index, block, rows):
-        super().write(index, block, rows)
-        raise Stopped
 
 
 @pytest.fixture
@@ -69,8 +58,8 @@ def test_a_run_stopped_while_tuning_finds_what_was_not_tuned_yet(tmp_path: Path,
     tiny.assert_same(load_hf(whole.finish(quantized, report)), quantized)  # what was tuned, not what the blocks held before
 
     class StoppedInFinish(FolderSink):
-        def _encoded(self, parts, params):
-            for path, name, array in super()._encoded(parts, params):
+        def _encoded(self, parts):
+            for path, name, array in super()._encoded(parts):
                 if path == "norm":  # every block is in its place, tuned
                     raise Stopped
                 yield path, name, array

@@ -7,7 +7,8 @@ import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
-from converters.quantization import quantization_config, read_settings
+from converters.formats import Written, writer_of
+from converters.formats.gptq import read_settings
 from jgptq.errors import CheckpointError
 from jgptq.settings.run import QuantizeConfig
 
@@ -31,7 +32,9 @@ configs = st.builds(
 
 @given(configs)
 def test_the_settings_of_a_run_come_back_from_its_files(config: QuantizeConfig):
-    stored = json.loads(json.dumps(quantization_config(config, "gptq_v2", {}, tiny.config())))
+    stored = json.loads(
+        json.dumps(writer_of("gptq_v2").quantization_config(Written(run=config, linears={}, model=tiny.config())))
+    )
     assert read_settings(stored) == config
 
 

@@ -23,7 +23,7 @@ def demo(
 
     Example: jgptq demo --out tinycode-int4
     """
-    from converters.shards import refuse_existing
+    from converters.output.folders import refuse_existing
 
     if out is not None:
         refuse_existing(out, overwrite=False)

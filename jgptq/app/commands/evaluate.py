@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from jgptq.app.command import CompileCache, Dtype, Model, SeqLen
+from jgptq.app.command import CompileCache, Dtype, Model, Revision, SeqLen
 from jgptq.app.compile_cache import compile_cache
 
 
@@ -16,6 +16,7 @@ def evaluate(
     seq_len: SeqLen = 2048,
     stride: Annotated[int | None, typer.Option(help="Step between windows; by default they do not overlap.")] = None,
     dtype: Dtype = "auto",
+    revision: Revision = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line.")] = False,
     cache: CompileCache = True,
 ) -> None:
@@ -28,7 +29,7 @@ def evaluate(
         from converters import load_hf
         from jgptq.evaluate.perplexity import score
 
-        params = load_hf(model, dtype)
+        params = load_hf(model, dtype, revision)
         tokens = jgptq.evaluation_tokens(data, params.tokenizer_path)
         started = time.monotonic()
         result = score(params, tokens, seq_len, stride)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jgptq.app.command import CompileCache, Dtype, Model, SeqLen, print_table, takes_options_of
+from jgptq.app.command import CompileCache, Dtype, Model, Revision, SeqLen, print_table, takes_options_of
 from jgptq.app.compile_cache import compile_cache
 from jgptq.settings.run import QuantizeConfig
 
@@ -37,10 +37,13 @@ def quantize(
     seq_len: SeqLen = 2048,
     seed: Annotated[int, typer.Option(help="Seed of the random choice of samples.")] = 0,
     dtype: Dtype = "auto",
+    revision: Revision = None,
     batch_size: Annotated[
         int | None, typer.Option(help="Samples in a batch; by default as many as hold 4096 tokens, on a CPU 1024.")
     ] = None,
-    file_format: Annotated[str, typer.Option("--format", help="gptq (v1, symmetric) or gptq_v2.")] = "gptq",
+    file_format: Annotated[
+        str, typer.Option("--format", help="gptq (v1, symmetric), gptq_v2, or compressed-tensors (4 and 8 bits).")
+    ] = "gptq",
     max_shard_size: Annotated[str, typer.Option(help="Maximum size of one file.")] = "5GB",
     overwrite: Annotated[bool, typer.Option(help="Replace OUT, or an unfinished run of other settings, if it exists.")] = False,
     cache: CompileCache = True,
@@ -52,26 +55,28 @@ def quantize(
 
     Example: jgptq quantize Qwen/Qwen3-0.6B out --calib wikitext --bits 4 --group-size 128
     """
-    from converters.quantization import check_format
-    from converters.shards import refuse_existing
+    from converters.output.folders import refuse_existing
+    from converters.sink import check_streamed
     from jgptq.settings.presets import make_config
     from jgptq.settings.rules import rules_from_file
 
     config = make_config({"preset": preset, "rules": () if rules is None else rules_from_file(rules), **given})
-    checked = check_format(file_format, config)
+    check_streamed(file_format, config)
     refuse_existing(out, overwrite)
     with compile_cache(cache):
         import jgptq
         from converters import FolderSink, load_hf
+        from jgptq.run.driver import refuse_quantized
 
-        params = load_hf(model, dtype)
+        params = load_hf(model, dtype, revision)
+        refuse_quantized(params)
         tokens = None if calib is None else jgptq.calibration_tokens(calib, params.tokenizer_path, samples, seq_len, seed)
         sink = FolderSink(
             out,
             params,
             config,
             tokens,
-            file_format=checked,
+            file_format=file_format,
             max_shard_size=max_shard_size,
             batch_size=batch_size,
             overwrite=overwrite,

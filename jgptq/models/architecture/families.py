@@ -4,6 +4,8 @@ A row says which keys of a `config.json` set the decoder's switches, which switc
 modules are called in a checkpoint. A new architecture whose computation the switches of `ModelConfig` describe is one more row.
 """
 
+import difflib
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -42,11 +44,18 @@ def family_of(model_type: str) -> Family:
     """The row of an architecture.
 
     Raises:
-      ArchitectureError: there is none; the message lists those known.
+      ArchitectureError: there is none; the message lists those known, and the nearest of them.
     """
     if model_type not in FAMILIES:
-        raise ArchitectureError(f"config.json: architecture {model_type!r} is not known; known are {', '.join(FAMILIES)}")
+        raise ArchitectureError(unknown(model_type))
     return FAMILIES[model_type]
+
+
+def unknown(model_type: str) -> str:
+    """The message for an architecture that has no row."""
+    near = difflib.get_close_matches(model_type[:40], FAMILIES)
+    nearest = f"; the nearest is {' or '.join(near)}" if near else ""
+    return f"config.json: architecture {reprlib.repr(model_type)} is not known; known are {', '.join(FAMILIES)}{nearest}"
 
 
 def checkpoint_name(path: str, model_type: str) -> str:

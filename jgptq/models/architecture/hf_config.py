@@ -1,12 +1,14 @@
 """A Hugging Face `config.json` <-> the decoder's switches, by the rows of `jgptq.models.architecture.families`."""
 
-from collections.abc import Mapping
+import reprlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jgptq.errors import ArchitectureError, CheckpointError
 from jgptq.models.architecture.config import ACTIVATIONS, DTYPES, LearnedPositions, ModelConfig, Positions
-from jgptq.models.architecture.families import SWITCHES, family_of
+from jgptq.models.architecture.families import FAMILIES, SWITCHES, family_of, unknown
 from jgptq.models.architecture.row import REQUIRED, Family, Window
+from jgptq.models.architecture.typed import KEYS, QUANTIZATION, ROPE, problems, read_keys, refuse
 from jgptq.models.rotary import RopeConfig
 
 
@@ -24,13 +26,13 @@ def config_from_hf(hf: Mapping[str, Any], dtype: str = "auto") -> ModelConfig:
     Raises:
       ArchitectureError: an unknown architecture or activation (the message lists those known), or a switch that is not
         implemented.
-      CheckpointError: a key is missing, or contradicts others.
+      CheckpointError: values that are missing, of a wrong type or out of range, all at once; or values that contradict others.
     """
     model_type = str(hf.get("model_type"))
+    if model_type not in FAMILIES and "auto_map" in hf:
+        raise ArchitectureError(f"{unknown(model_type)}. It names code of its own (auto_map), which is never run")
     family = family_of(model_type)
-    missing = [key.name for key in family.keys.values() if key.default is REQUIRED and hf.get(key.name) is None]
-    if missing:
-        raise CheckpointError(f"config.json: {', '.join(missing)} missing; is this the config of a {model_type} model?")
+    refuse(_value_problems(hf, family, model_type))
     _refuse_switches(hf, family)
     fields = {switch: key.read(hf.get(key.name, key.default)) for switch, key in family.keys.items()} | dict(family.fixed)
     heads, width = fields["num_attention_heads"], fields["hidden_size"]
@@ -38,11 +40,14 @@ def config_from_hf(hf: Mapping[str, Any], dtype: str = "auto") -> ModelConfig:
         heads if fields.get("num_key_value_heads") is None else fields["num_key_value_heads"]
     )
     fields["head_dim"] = fields.get("head_dim") or width // heads
+    if fields["head_dim"] == 0:
+        raise CheckpointError(f"config.json: hidden_size {width} cannot be divided into {heads} attention heads")
     if heads % kv_heads:
         raise CheckpointError(f"config.json: {heads} attention heads cannot share {kv_heads} key-value heads")
     if fields["hidden_act"] not in ACTIVATIONS:
         name, known = family.keys["hidden_act"].name, ", ".join(ACTIVATIONS)
-        raise ArchitectureError(f"config.json: {name} {fields['hidden_act']!r} is not known; known are {known}")
+        found = reprlib.repr(fields["hidden_act"])
+        raise ArchitectureError(f"config.json: {name} {found} is not known; known are {known}")
     if fields.get("embedding_width") == width:
         fields["embedding_width"] = None
     return ModelConfig(
@@ -74,11 +79,24 @@ def config_to_hf(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
     return hf | {"torch_dtype": dtype}
 
 
+def _value_problems(hf: Mapping[str, Any], family: Family, model_type: str) -> Iterator[str]:
+    """A sentence for every value that is missing, of a wrong type or out of range."""
+    required = dict.fromkeys(key.name for key in family.keys.values() if key.default is REQUIRED)
+    missing = [name for name in required if hf.get(name) is None]
+    if missing:
+        yield f"{', '.join(missing)} missing; is this the config of a {model_type} model?"
+    yield from problems(hf, KEYS, sorted(read_keys(family) - set(missing)))
+    for name, kinds in (("rope_parameters", ROPE), ("rope_scaling", ROPE), ("quantization_config", QUANTIZATION)):
+        within = hf.get(name)
+        if isinstance(within, Mapping):
+            yield from problems(within, kinds, kinds, name)
+
+
 def _refuse_switches(hf: Mapping[str, Any], family: Family) -> None:
     """Raises an error that names every key which asks for a computation that the row does not describe."""
     read = {key.name for key in family.keys.values()}
     wrong = [
-        f"expected {name} {' or '.join(map(repr, values)) or 'null'}, found {hf[name]!r}"
+        f"expected {name} {' or '.join(map(repr, values)) or 'null'}, found {reprlib.repr(hf[name])}"
         for name, values in SWITCHES.items()
         if name not in read and hf.get(name) is not None and hf[name] not in values
     ]
@@ -111,7 +129,9 @@ def _layer_windows(hf: Mapping[str, Any], known: Window | None) -> tuple[int | N
         types = ["sliding_attention" if here else "full_attention" for here in slides]
     unknown = sorted(set(types) - {"sliding_attention", "full_attention"})
     if unknown or len(types) != layers:
-        raise ArchitectureError(f"config.json: layer_types must be {layers} of full_attention, sliding_attention; found {types}")
+        raise ArchitectureError(
+            f"config.json: layer_types must be {layers} of full_attention, sliding_attention; found {reprlib.repr(types)}"
+        )
     return tuple(window if kind == "sliding_attention" else None for kind in types)
 
 

@@ -6,7 +6,6 @@ what it had written. The folder carries a temporary name until it is whole.
 """
 
 import dataclasses
-import errno
 import functools
 import itertools
 import json
@@ -14,18 +13,16 @@ import math
 import os
 import re
 import shutil
-import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from converters.checkpoint import DTYPES, INDEX, SINGLE
+from converters.checkpoint import INDEX, SINGLE
+from converters.output.folders import PartialFolder
+from converters.reading.entry import DTYPES
 from jgptq.errors import ConfigError, OutputError
-
-JOURNAL = "progress.jsonl"
-"""In a folder that is not whole yet: the run that writes it, and the blocks that it has finished."""
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -69,26 +66,7 @@ def parse_size(size: int | str) -> int:
     return int(count)
 
 
-def partial_folder(out: Path) -> Path:
-    """Where `out` grows until it is whole."""
-    return out.with_name(out.name + ".partial")
-
-
-def refuse_existing(out: Path, overwrite: bool) -> None:
-    """Refuses to write where something is.
-
-    Raises:
-      OutputError: `out` exists and may not be replaced, or is no folder.
-    """
-    if os.path.lexists(out) and (out.is_symlink() or not out.is_dir()):
-        raise OutputError(errno.EEXIST, f"{out} exists and is a file or a link; choose another folder")
-    if out.exists() and not overwrite:
-        raise OutputError(
-            errno.EEXIST, f"{out} exists; choose another folder, or pass --overwrite (overwrite=True) to replace it"
-        )
-
-
-class ShardWriter:
+class ShardWriter(PartialFolder):
     """Writes tensors into reserved places under `<out>.partial`.
 
     Args:
@@ -102,18 +80,12 @@ class ShardWriter:
     """
 
     def __init__(self, out: Path, specs: Iterable[TensorSpec], *, max_shard_size: int | str = "5GB", resume: bool = False):
-        self.out = out
-        self.folder = partial_folder(out)
         self._places: dict[str, _Place] = {}
         self._headers: dict[str, bytes] = {}
         self._sizes: dict[str, int] = {}
         self._plan(list(specs), parse_size(max_shard_size))
-        if not resume:
-            self._clear()
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(error.errno, f"{self.folder} cannot be made: {error.strerror}; choose another place") from error
+        super().__init__(out, needed=sum(self._sizes.values()))
+        self.make(clear=not resume)
         try:
             for file in self._headers:
                 self.guard(file, functools.partial(self._reserve, file))
@@ -145,15 +117,6 @@ class ShardWriter:
         raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
         self.guard(place.file, lambda: self._write_at(place.file, place.start, raw))
 
-    def sync(self) -> None:
-        """Forces what was written to the disk, the folder's own list of files included."""
-        for path in (*self.folder.iterdir(), self.folder):
-            self.guard(path.name, functools.partial(_sync_path, path))
-
-    def write_text(self, name: str, text: str) -> None:
-        """Writes a small file into the folder of the shards."""
-        self.guard(name, lambda: (self.folder / name).write_text(text, encoding="utf-8"))
-
     def finish(self) -> Path:
         """Writes the index, and renames the folder: from here on it is whole.
 
@@ -164,27 +127,7 @@ class ShardWriter:
             total = sum(place.spec.nbytes for place in self._places.values())
             index = {"metadata": {"total_size": total}, "weight_map": {name: place.file for name, place in self._places.items()}}
             self.write_text(INDEX, json.dumps(index, indent=2) + "\n")
-        self.sync()
-        self.guard("", self._rename)
-        return self.out
-
-    def _rename(self) -> None:
-        if self.out.exists():
-            with tempfile.TemporaryDirectory(dir=self.out.parent, prefix=f"{self.out.name}.replaced.") as scratch:
-                self.out.rename(Path(scratch) / "old")
-                self.folder.rename(self.out)
-        else:
-            self.folder.rename(self.out)
-        _sync_path(self.out.parent)
-
-    def _clear(self) -> None:
-        """Removes what another write left, and nothing that is not one's own."""
-        if not self.folder.exists():
-            return
-        names = [path.name for path in self.folder.iterdir()]
-        if names and not any(name.startswith("model") and name.endswith(".safetensors") for name in names):
-            raise OutputError(errno.EEXIST, f"{self.folder} is in the way and no run made it; move it, or choose another name")
-        shutil.rmtree(self.folder)
+        return super().finish()
 
     def _plan(self, specs: list[TensorSpec], limit: int) -> None:
         shards: list[list[TensorSpec]] = [[]]
@@ -222,26 +165,3 @@ class ShardWriter:
         with (self.folder / file).open("r+b") as stream:
             stream.seek(start)
             stream.write(raw.data)
-
-    def guard(self, file: str, action: Callable[[], object]) -> None:
-        """Runs an action on a file of the folder; a full disk becomes an error that says what is needed.
-
-        Raises:
-          OutputError: the action raised an OSError.
-        """
-        try:
-            action()
-        except OSError as error:
-            needed = sum(self._sizes.values())
-            free = shutil.disk_usage(self.folder).free
-            message = f"{self.folder / file}: {error.strerror}; the result needs {needed} bytes, {free} are free. "
-            advice = "Free some space, or choose another disk, and run it again: a run resumes after the last finished block"
-            raise OutputError(error.errno, message + advice) from error
-
-
-def _sync_path(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
