@@ -8,10 +8,11 @@ if TYPE_CHECKING:
     from jgptq.errors import JgptqError
     from jgptq.evaluate.perplexity import perplexity
     from jgptq.models.serving import for_serving
-    from jgptq.run.driver import quantize
+    from jgptq.run.entry import quantize
     from jgptq.run.report import Report
     from jgptq.settings.rule import Rule
     from jgptq.settings.run import QuantizeConfig
+    from jgptq.trace.packed_array import dequantized
 
 __all__ = [
     "JgptqError",
@@ -19,6 +20,7 @@ __all__ = [
     "Report",
     "Rule",
     "calibration_tokens",
+    "dequantized",
     "evaluation_tokens",
     "for_serving",
     "perplexity",
@@ -31,10 +33,11 @@ _MODULES = {
     "Report": "jgptq.run.report",
     "Rule": "jgptq.settings.rule",
     "calibration_tokens": "jgptq.data.tokens",
+    "dequantized": "jgptq.trace.packed_array",
     "evaluation_tokens": "jgptq.data.tokens",
     "for_serving": "jgptq.models.serving",
     "perplexity": "jgptq.evaluate.perplexity",
-    "quantize": "jgptq.run.driver",
+    "quantize": "jgptq.run.entry",
 }
 """Where each public name is defined. A module is imported when a name of it is first used (PEP 562), so that the command line
 answers `--help` without importing jax."""

@@ -76,7 +76,7 @@ def quantize(
     config = make_config(settings) if config is None else config
     run = plan_run(params, config)
     for sentence in run.idle_rules:
-        warnings.warn(sentence, RuleWarning, stacklevel=2)
+        warnings.warn(sentence, RuleWarning, stacklevel=3)
     tokens = cut_batches(params, calib, batch_size, need=run.needs_tokens)
     columns = {key: tile_columns(widths) for key, widths in run.widths.items()}
     job = Job(params.config.compute_dtype, columns, placement, config.allow_rtn_fallback)

@@ -10,6 +10,7 @@ import numpy as np
 from jgptq.errors import NumericalError
 from jgptq.models import Linear
 from jgptq.models.packed import PackedTensor
+from jgptq.notation import Array
 from jgptq.run.lapack import lapack_threads
 from jgptq.run.report import KEPT_FLOAT, LinearReport
 from jgptq.run.tiles import PreparedStage, SolvedLinear, SolvedStage, prepare_stage, solve_stage
@@ -39,27 +40,42 @@ def solve_linears(
 ) -> tuple[dict[str, PackedTensor], list[LinearReport]]:
     """Solves the linears of a stage, and puts their expanded kernels into the block that the stage is of. Where the sums were
     observed with a pull, `pulled` says so."""
+    kernels = [linear.kernel.get_value() for linear in linears.values()]
+    solved, rows = solve_kernels(names, kernels, total, config, job, pulled=pulled)
+    for linear, kernel in zip(linears.values(), solved.kernels, strict=True):
+        linear.kernel.set_value(kernel)
+    return {path: result.packed for path, result in zip(linears, solved.linears, strict=True)}, rows
+
+
+def solve_kernels(
+    names: Sequence[str],
+    kernels: Sequence[Array],
+    total: StageSums | None,
+    config: SolverConfig,
+    job: Job,
+    *,
+    pulled: bool = False,
+) -> tuple[SolvedStage, list[LinearReport]]:
+    """Solves kernels `[K, N_i]` that read the same activations; a failed solve is an error that names them."""
     started = time.monotonic()
     tokens = 0 if total is None else int(total.hessian.tokens)
-    k = next(iter(linears.values())).kernel.get_value().shape[0]
-    with lapack_threads(k):
+    with lapack_threads(kernels[0].shape[0]):
         prepared = None if total is None else prepare_stage(total, config, job.placement, pulled=pulled)
-        solved, note = _solve_checked(names, list(linears.values()), prepared, config, job)
+        solved, note = _solve_checked(names, kernels, prepared, config, job)
     seconds = time.monotonic() - started
     width = sum(result.packed.shape[1] for result in solved.linears)
-    packed, rows = {}, []
-    for (path, linear), name, result, kernel in zip(linears.items(), names, solved.linears, solved.kernels, strict=True):
-        packed[path] = result.packed
-        linear.kernel.set_value(kernel)
-        rows.append(_row(name, solved, result, note, tokens, seconds * result.packed.shape[1] / width))
-    return packed, rows
+    rows = [
+        _row(name, solved, result, note, tokens, seconds * result.packed.shape[1] / width)
+        for name, result in zip(names, solved.linears, strict=True)
+    ]
+    return solved, rows
 
 
 def _solve_checked(
-    names: Sequence[str], linears: Sequence[Linear], prepared: PreparedStage | None, config: SolverConfig, job: Job
+    names: Sequence[str], given: Sequence[Array], prepared: PreparedStage | None, config: SolverConfig, job: Job
 ) -> tuple[SolvedStage, str]:
     """A usable solution and what there is to say of it; a failed solve is an error, unless the caller allowed rounding."""
-    kernels = tuple(jnp.asarray(linear.kernel.get_value()) for linear in linears)
+    kernels = tuple(jnp.asarray(kernel) for kernel in given)
     columns = job.columns[kernels[0].shape[0], config]
 
     def solve(used: SolverConfig) -> SolvedStage:

@@ -1,0 +1,1 @@
+"""The quantization of models that are not ours, on their traced computation."""
