@@ -117,7 +117,7 @@ def test_stages_say_what_can_absorb_a_scale(row, expected):
 
 def test_an_activation_that_is_not_homogeneous_cannot_pass_a_scale_on():
     config = config_from_hf(opt_dict(activation_function="gelu"))
-    block = nnx.eval_shape(lambda: Block(config, None, rngs=nnx.Rngs(0)))
+    block = nnx.eval_shape(lambda: Block(config, config.layers[0], rngs=nnx.Rngs(0)))
     assert [stage.absorber for stage in block.stages()] == ["attn_norm", "self_attn.v_proj", "mlp_norm", None]
 
 
@@ -200,9 +200,12 @@ def test_the_slopes_of_alibi_are_those_of_the_paper():
 @pytest.mark.parametrize(("heads", "shared", "window"), [(4, 4, None), (6, 3, None), (4, 2, 5)])
 def test_alibi_is_the_textbooks(heads, shared, window):
     config = tiny.config(
-        num_attention_heads=heads, num_key_value_heads=shared, positions=AlibiPositions(max_position_embeddings=16)
+        num_attention_heads=heads,
+        num_key_value_heads=shared,
+        positions=AlibiPositions(max_position_embeddings=16),
+        layer_windows=(window,),
     )
-    attention = Block(config, window, rngs=nnx.Rngs(0)).self_attn
+    attention = Block(config, config.layers[0], rngs=nnx.Rngs(0)).self_attn
     random = np.random.default_rng(0)
     q, k, v = (random.normal(size=(2, 24, count, 16)).astype(np.float32) for count in (heads, shared, shared))
     flat = [jnp.asarray(part.reshape(2, 24, -1)) for part in (q, k, v)]

@@ -152,7 +152,7 @@ def configs(draw) -> ModelConfig:
     switches |= {switch: by_key[family.keys[switch].name] for switch in biases}
     if "block_form" in family.keys:
         switches["block_form"] = draw(st.sampled_from(list(family.keys["block_form"].values.values())))
-    positions = ropes(head_dim) if family.partial_rotary is None else partial_ropes()
+    positions = ropes(head_dim) if family.rotation.partial is None else partial_ropes()
     if family.positions == "learned":
         positions = st.builds(LearnedPositions, max_position_embeddings=st.sampled_from([8, 512]), offset=st.just(2))
     return ModelConfig(

@@ -81,7 +81,7 @@ def test_blocks_of_one_shape_and_window_share_one_trace(name, traces):
 
     @jax.jit
     def step(block, residual):
-        traced.append(block.self_attn.window)
+        traced.append(block.self_attn.layer)
         return block(residual)
 
     start = residual = decoder.embed(jnp.asarray(TOKENS))

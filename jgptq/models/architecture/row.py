@@ -31,13 +31,35 @@ class Window:
 
     The blocks that it limits are one of
 
-        all          every block
-        opt_in       where `use_sliding_window` is true, those of `layer_types`, or else those from `max_window_layers` on
-        alternating  those of `layer_types`, or else every other block, beginning with the first
+        all        every block
+        opt_in     where `use_sliding_window` is true, those of `layer_types`, or else those from `max_window_layers` on
+        patterned  those of `layer_types`, or else all but every `period`-th
+        unrotated  those of `layer_types`, or else, where `use_sliding_window` is true, those without rotation
     """
 
-    default: int  # the width where the file is silent
+    default: int | None  # the width where the file is silent
     blocks: str = "opt_in"
+    period: int | None = None  # of patterned blocks; None: all of them slide
+    period_key: str | None = None  # where the file says it
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rotation:
+    """How a `config.json` says which blocks rotate queries and keys, and how.
+
+    The blocks that do are one of
+
+        all      every block
+        listed   those with a 1 in `no_rope_layers`, or else all but every `no_rope_layer_interval`-th
+        sliding  those with a window
+        local    every block; those with a window are not scaled, and have a base wavelength of their own
+    """
+
+    theta: float = 10000.0  # the base wavelength where the file is silent
+    partial: float | None = None  # part of a head that is rotated, where the file is silent; None: all of it, always
+    features: int | None = None  # where files give a number of features as `rotary_dim`: that number where the file is silent
+    blocks: str = "all"
+    local_theta: Key | None = None  # where the base wavelength of blocks with a window stands
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,7 +72,7 @@ class Family:
     positions: str = "rotary"  # rotary or learned
     max_positions: int = 2048  # of `max_position_embeddings`, where the file is silent
     position_offset: int = 0  # of learned positions: the row of the table that belongs to position 0
-    partial_rotary: float | None = None  # part of a head that is rotated, where the file is silent; None: all of it, always
+    rotation: Rotation = dataclasses.field(default_factory=Rotation)
     window: Window | None = None  # None: attention sees all positions
     decoder: str = "model"  # what stands before the names of all modules but the output projection
     modules: Mapping[str, str] = dataclasses.field(default_factory=dict)  # path in a block, or top-level name -> name in the file

@@ -37,7 +37,7 @@ ROWS: Mapping[str, Family] = {
         },
         fixed={"block_form": "sandwich", "norm_offset": 1.0, "embedding_scaled": True},
         max_positions=8192,
-        window=Window(default=4096, blocks="alternating"),
+        window=Window(default=4096, blocks="patterned", period=2),
         modules={
             "attn_norm": "input_layernorm",
             "attn_out_norm": "post_attention_layernorm",

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from jgptq.models.architecture.row import Family, Key
+from jgptq.models.architecture.row import Family, Key, Rotation
 from jgptq.models.architecture.rows.common import LLAMA_NORMS, SIZES
 
 ROWS: Mapping[str, Family] = {
@@ -48,7 +48,7 @@ ROWS: Mapping[str, Family] = {
         },
         fixed={"norm": "layer", "norm_bias": True},
         max_positions=4096,
-        partial_rotary=0.25,
+        rotation=Rotation(partial=0.25),
         modules=LLAMA_NORMS,
     ),
 }
