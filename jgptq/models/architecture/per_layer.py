@@ -5,7 +5,7 @@ from typing import Any
 
 from jgptq.errors import ArchitectureError, CheckpointError
 from jgptq.models.architecture.config import LearnedPositions, ModelConfig, Positions
-from jgptq.models.architecture.row import Family, Window
+from jgptq.models.architecture.row import Family, Key, Window
 from jgptq.models.rotary import RopeConfig
 
 _SLIDING, _FULL = "sliding_attention", "full_attention"
@@ -56,14 +56,14 @@ def windows_to_hf(windows: Sequence[int | None], known: Window | None) -> dict[s
 
 def read_positions(hf: Mapping[str, Any], family: Family, head_dim: int) -> Positions:
     """How positions reach the attention, where all blocks agree; else, in the blocks without a window."""
-    most, rotation = {"max_position_embeddings": family.max_positions}, family.rotation
+    rotation = family.rotation
+    settings = {"max_position_embeddings": family.max_positions, "rope_theta": rotation.theta}
+    settings |= {key: value for key, value in hf.items() if value is not None}
     if family.positions == "learned":
-        return LearnedPositions(**most | _kept(hf, "max_position_embeddings"), offset=family.position_offset)
-    settings = {**most, "rope_theta": rotation.theta, **hf}
-    if rotation.blocks == "local":
-        whole = (hf.get("rope_parameters") or {}).get(_FULL) or {}
-        settings["rope_scaling"] = {**whole, **(hf.get("rope_scaling") or {})}
-        settings.pop("rope_parameters", None)
+        return LearnedPositions(max_position_embeddings=settings["max_position_embeddings"], offset=family.position_offset)
+    if rotation.local_theta is not None:
+        shared = settings.pop("rope_parameters", {}).get(_FULL) or {}
+        settings["rope_scaling"] = {**shared, **settings.get("rope_scaling", {})}
     return RopeConfig.from_hf(settings, head_dim, rotation.partial)
 
 
@@ -84,19 +84,20 @@ def read_ropes(
     else:
         if family.window is not None and hf.get("sliding_window", family.window.default) is None:
             raise ArchitectureError("config.json: expected a number as sliding_window, which says what is rotated; found null")
-        with_window, without = (_local(hf, family, head_dim), positions) if rotation.blocks == "local" else (positions, None)
+        local = rotation.local_theta
+        with_window, without = (positions, None) if local is None else (_local(hf, local, positions, head_dim), positions)
         ropes = tuple(without if window is None else with_window for window in windows)
     return None if all(rope == positions for rope in ropes) else ropes
 
 
-def _local(hf: Mapping[str, Any], family: Family, head_dim: int) -> RopeConfig:
+def _local(hf: Mapping[str, Any], theta: Key, positions: RopeConfig, head_dim: int) -> RopeConfig:
     """The rotary settings of blocks with a window: never scaled by `rope_scaling`, which speaks of the others."""
-    key = family.rotation.local_theta
-    given = (hf.get("rope_parameters") or {}).get(_SLIDING)
-    settings = {"max_position_embeddings": family.max_positions} | _kept(hf, "max_position_embeddings")
-    if key is not None:
-        settings["rope_theta"] = hf.get(key.name, key.default)
-    return RopeConfig.from_hf(settings | {"rope_parameters": given}, head_dim, family.rotation.partial)
+    settings = {
+        "max_position_embeddings": positions.max_position_embeddings,
+        "rope_theta": theta.default if hf.get(theta.name) is None else hf[theta.name],
+        "rope_parameters": (hf.get("rope_parameters") or {}).get(_SLIDING),
+    }
+    return RopeConfig.from_hf(settings, head_dim)
 
 
 def _listed(hf: Mapping[str, Any], layers: int) -> list[bool]:
@@ -117,14 +118,8 @@ def positions_to_hf(config: ModelConfig, family: Family) -> dict[str, Any]:
     hf |= {"rope_parameters": config.positions.to_hf(), "rope_theta": config.positions.rope_theta}
     if family.rotation.blocks == "listed":
         hf["no_rope_layers"] = [int(layer.rope is not None) for layer in config.layers]
-    if family.rotation.blocks == "local":
+    if family.rotation.local_theta is not None:
         local = [layer.rope for layer in config.layers if layer.window is not None and layer.rope is not None]
         hf["rope_parameters"] = {_FULL: hf["rope_parameters"]} | {_SLIDING: rope.to_hf() for rope in local[:1]}
-        if family.rotation.local_theta is not None:
-            hf |= {family.rotation.local_theta.name: rope.rope_theta for rope in local[:1]}
+        hf |= {family.rotation.local_theta.name: rope.rope_theta for rope in local[:1]}
     return hf
-
-
-def _kept(hf: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """One key of a file, where it is there."""
-    return {key: hf[key]} if hf.get(key) is not None else {}

@@ -51,15 +51,14 @@ class Rotation:
 
         all      every block
         listed   those with a 1 in `no_rope_layers`, or else all but every `no_rope_layer_interval`-th
-        sliding  those with a window
-        local    every block; those with a window are not scaled, and have a base wavelength of their own
+        sliding  those with a window; where these have a base wavelength of their own, the others are rotated too
     """
 
     theta: float = 10000.0  # the base wavelength where the file is silent
     partial: float | None = None  # part of a head that is rotated, where the file is silent; None: all of it, always
     features: int | None = None  # where files give a number of features as `rotary_dim`: that number where the file is silent
     blocks: str = "all"
-    local_theta: Key | None = None  # where the base wavelength of blocks with a window stands
+    local_theta: Key | None = None  # where the base wavelength of blocks with a window stands, which are not scaled
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
