@@ -73,7 +73,7 @@ def block_stages(config: ModelConfig) -> tuple[Stage, ...]:
       Four stages: q/k/v, the attention's output, the linears that open the MLP, the one that closes it. A parallel block has
       three: all that read its one norm share a Hessian.
     """
-    form = config.block_form
+    form, heads = config.block_form, config.num_attention_heads
     opening = ("mlp.gate_proj", "mlp.up_proj") if config.gated_mlp else ("mlp.up_proj",)
     attend = Step(name="attention", of=QKV, to="attended")
     activate = Step(name="gate" if config.gated_mlp else "activation", of=opening, to="hidden")
@@ -83,8 +83,8 @@ def block_stages(config: ModelConfig) -> tuple[Stage, ...]:
         linears=("self_attn.o_proj",),
         reads="attended",
         steps=(_joins("self_attn.o_proj", "attn", config),),
-        # A head mixes each feature of its values by itself, so that their scales are those of its output, unless they are clipped.
-        absorber="self_attn.v_proj" if config.num_key_value_heads == config.num_attention_heads and not config.clip_qkv else None,
+        # A head mixes each feature of its values by itself, so that their scales are those of its output, but for clipped ones.
+        absorber="self_attn.v_proj" if heads == config.num_key_value_heads and config.clip_qkv is None else None,
     )
     close_mlp = Stage(
         linears=("mlp.down_proj",),

@@ -64,7 +64,8 @@ class Attention(nnx.Module):
 
 def _scales(qk_norm: str, heads: int, width: int) -> int | tuple[int, int]:
     """The shape of the scale of a norm of queries or keys."""
-    return {"head": width, "heads": (heads, width), "width": heads * width}[qk_norm]
+    shapes: dict[str, int | tuple[int, int]] = {"head": width, "heads": (heads, width), "width": heads * width}
+    return shapes[qk_norm]
 
 
 class MLP(nnx.Module):

@@ -1,5 +1,7 @@
 """The config.json of every family: what is read, what is written, what is refused."""
 
+import dataclasses
+import importlib
 import json
 
 import jax.numpy as jnp
@@ -7,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from hf_files import SIZES, SLIDING, hf_dict
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-from transformers.models.stablelm.modeling_stablelm import StableLmRotaryEmbedding
-from twins import LONG, ROPE_TYPES, ROWS, SIZES, SLIDING, hf_dict, torch_config, twin
+from rows_dense import MULTIPLIERS
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from twins import LONG, ROPE_TYPES, ROWS, torch_config, twin
 
 from jgptq.errors import ArchitectureError, CheckpointError
 from jgptq.models import FAMILIES, LearnedPositions, ModelConfig, RopeConfig, config_from_hf, config_to_hf
@@ -22,7 +24,7 @@ from jgptq.models.rotary import rotary_tables
 def torch_windows(config: transformers.PretrainedConfig) -> tuple[int | None, ...]:
     """The window of each block, as transformers' models read their config."""
     window, blocks = getattr(config, "sliding_window", None), config.num_hidden_layers
-    types = config.layer_types if config.model_type.startswith(("qwen", "gemma2")) else ["sliding_attention"] * blocks
+    types = getattr(config, "layer_types", None) or ["sliding_attention"] * blocks
     return tuple(window if kind == "sliding_attention" else None for kind in types)
 
 
@@ -36,9 +38,12 @@ def test_the_forms_that_transformers_writes_read_like_the_old_one(name):
     assert torch_windows(config) == old.layer_windows
 
 
+WIDE = {**SIZES, "hidden_size": 320, "num_attention_heads": 160}  # a multiple of every default number of key-value heads
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_silent_config_gets_the_defaults_of_transformers(family):
-    sizes = {FAMILIES[family].keys[name].name: size for name, size in {**SIZES, "num_attention_heads": 32}.items()}
+    sizes = {FAMILIES[family].keys[name].name: size for name, size in WIDE.items()}
     silent = {"model_type": family, **sizes}
     yarn, windows = {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, {"use_sliding_window": True, "max_window_layers": 1}
     yarn = yarn if FAMILIES[family].positions == "rotary" else {}
@@ -130,6 +135,9 @@ SWITCHES = {
     "attn_logit_softcapping": st.sampled_from([None, 50.0]),
     "final_logit_softcapping": st.sampled_from([None, 30.0]),
     "embedding_width": st.sampled_from([None, 48]),
+    "clip_qkv": st.sampled_from([None, 8.0]),
+    "logit_scale": st.just(0.3),
+    **dict.fromkeys(MULTIPLIERS, st.just(0.3)),
 }
 
 
@@ -150,19 +158,39 @@ def configs(draw) -> ModelConfig:
     biases = [switch for switch in ("qkv_bias", "o_bias", "mlp_bias") if switch in family.keys]
     by_key = {family.keys[switch].name: draw(st.booleans()) for switch in biases}
     switches |= {switch: by_key[family.keys[switch].name] for switch in biases}
-    if "block_form" in family.keys:
-        switches["block_form"] = draw(st.sampled_from(list(family.keys["block_form"].values.values())))
-    positions = ropes(head_dim) if family.rotation.partial is None else partial_ropes()
+    for switch in {"block_form", "qk_norm"} & family.keys.keys():
+        switches[switch] = draw(st.sampled_from(list(family.keys[switch].values.values())))
+    positions = draw(ropes(head_dim) if family.rotation.partial is None else partial_ropes())
     if family.positions == "learned":
-        positions = st.builds(LearnedPositions, max_position_embeddings=st.sampled_from([8, 512]), offset=st.just(2))
+        positions = LearnedPositions(max_position_embeddings=draw(st.sampled_from([8, 512])), offset=2)
+    if family.rotation.local_theta is not None:
+        positions = dataclasses.replace(positions, truncate=True)  # transformers reads it where it does not write it
+    layer_windows = tuple(draw(windows))
     return ModelConfig(
         **{"model_type": name, **sizes, **family.fixed, **switches, "head_dim": head_dim},
         num_key_value_heads=kv if "num_key_value_heads" in family.keys else heads * kv,
         hidden_act=draw(st.sampled_from(["relu", "gelu_pytorch_tanh"])),
         dtype=draw(st.sampled_from(["float32", "bfloat16"])),
-        positions=draw(positions),
-        layer_windows=tuple(draw(windows)),
+        positions=positions,
+        layer_windows=layer_windows,
+        layer_ropes=draw(layer_ropes(family.rotation, positions, layer_windows, head_dim)),
     )
+
+
+@st.composite
+def layer_ropes(draw, rotation, positions, windows, head_dim: int) -> tuple | None:
+    """The rotary settings of blocks, where a family lets them differ and they do."""
+    if rotation.blocks == "all":
+        return None
+    if rotation.blocks == "listed":
+        each = [positions if draw(st.booleans()) else None for _ in windows]
+    elif rotation.local_theta is None:
+        each = [None if window is None else positions for window in windows]
+    else:
+        most = positions.max_position_embeddings
+        local = dataclasses.replace(draw(ropes(head_dim)), max_position_embeddings=most, truncate=True)
+        each = [positions if window is None else local for window in windows]
+    return None if each == [positions] * len(windows) else tuple(each)
 
 
 def partial_ropes() -> st.SearchStrategy[RopeConfig]:
@@ -185,7 +213,19 @@ def test_what_config_to_hf_writes_we_and_transformers_read_back(config, length):
     assert theirs.architectures == [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
     if not isinstance(config.positions, RopeConfig):
         return
-    rotary = StableLmRotaryEmbedding if config.model_type == "stablelm" else LlamaRotaryEmbedding
-    expected = rotary(theirs)(torch.zeros(1), torch.arange(length)[None])
-    for ours, reference in zip(rotary_tables(config.positions, config.head_dim, length), expected, strict=True):
-        np.testing.assert_allclose(ours, reference[0], rtol=0, atol=5e-5)
+    for window, rope in {(layer.window is not None, layer.rope) for layer in config.layers if layer.rope is not None}:
+        kind = ("sliding_attention" if window else "full_attention",)
+        kind = () if FAMILIES[config.model_type].rotation.local_theta is None else kind
+        expected = rotary_of(theirs)(torch.zeros(1), torch.arange(length)[None], *kind)
+        for ours, reference in zip(rotary_tables(rope, config.head_dim, length), expected, strict=True):
+            half = ours.shape[-1] // 2
+            angles = reference[0, :, ::2] if config.model_type.startswith("cohere") else reference[0, :, :half]
+            np.testing.assert_array_equal(ours[:, half:], ours[:, :half])
+            np.testing.assert_allclose(ours[:, :half], angles, rtol=0, atol=5e-5)
+
+
+def rotary_of(config: transformers.PretrainedConfig) -> torch.nn.Module:
+    """transformers' rotary embedding of a config's own architecture."""
+    modeling = importlib.import_module(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__module__)
+    name = next(name for name in vars(modeling) if name.endswith("RotaryEmbedding"))
+    return getattr(modeling, name)(config)

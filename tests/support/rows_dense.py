@@ -46,14 +46,15 @@ DENSE: dict[str, tuple[dict, dict | None]] = {
         hf_dict("smollm3", no_rope_layer_interval=2, use_sliding_window=True, sliding_window=5),
         {"use_sliding_window": False},
     ),
-    "ministral": (hf_dict("ministral", sliding_window=5), {"layer_types": ["full_attention"] * 2}),
+    "ministral": (hf_dict("ministral", **WIDE, sliding_window=5), {"layer_types": ["full_attention"] * 2}),
     "ministral_mixed": (
-        hf_dict("ministral", sliding_window=5, layer_types=["full_attention", "sliding_attention"], tie_word_embeddings=True),
+        hf_dict(
+            "ministral", **WIDE, sliding_window=5, layer_types=["full_attention", "sliding_attention"], tie_word_embeddings=True
+        ),
         {"layer_types": None},
     ),
     "seed_oss": (hf_dict("seed_oss", **WIDE), None),
     "seed_oss_every_bias": (hf_dict("seed_oss", head_dim=32, attention_out_bias=True, mlp_bias=True), None),
-    "iquestcoder": (hf_dict("iquestcoder", **WIDE), {"rms_norm_eps": 1e-6}),
     "arcee": (hf_dict("arcee"), {"hidden_act": "relu"}),
     "arcee_every_bias": (hf_dict("arcee", attention_bias=True, mlp_bias=True, tie_word_embeddings=True), None),
     "helium": (hf_dict("helium", **WIDE), {"rope_theta": 10000.0}),
@@ -63,7 +64,10 @@ DENSE: dict[str, tuple[dict, dict | None]] = {
     "olmo": (hf_dict("olmo"), {"rope_theta": 10000.0}),
     "olmo_clipped": (hf_dict("olmo", clip_qkv=0.7, attention_bias=True, tie_word_embeddings=True), {"clip_qkv": None}),
     "olmo3": (hf_dict("olmo3", **ONE_FULL, rope_theta=500000.0, rope_scaling=YARN), {"rope_scaling": None}),
-    "olmo3_pattern": (hf_dict("olmo3", num_hidden_layers=4, sliding_window=7, attention_bias=True), {"layer_types": SLIDES * 2}),
+    "olmo3_pattern": (
+        hf_dict("olmo3", num_hidden_layers=4, sliding_window=7, rope_theta=500000.0, attention_bias=True),
+        {"layer_types": SLIDES * 2},
+    ),
     "cohere": (hf_dict("cohere", use_qk_norm=True, logit_scale=2.0), {"logit_scale": 1.0}),
     "cohere_untied": (
         hf_dict("cohere", tie_word_embeddings=False, attention_bias=True, logit_scale=1.0, layer_norm_eps=0.01),

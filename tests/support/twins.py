@@ -20,6 +20,8 @@ transformers.logging.set_verbosity_error()
 
 LENGTH = 24
 TOKENS = np.random.default_rng(0).integers(0, 61, (2, LENGTH)).astype(np.int32)
+
+
 def opt_dict(**changes) -> dict:
     """The config.json of an OPT, whose keys are its own."""
     sizes = {"vocab_size": 61, "hidden_size": 64, "ffn_dim": 96, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -57,7 +57,7 @@ def windows_to_hf(windows: Sequence[int | None], known: Window | None) -> dict[s
 def read_positions(hf: Mapping[str, Any], family: Family, head_dim: int) -> Positions:
     """How positions reach the attention, where all blocks agree; else, in the blocks without a window."""
     rotation = family.rotation
-    settings = {"max_position_embeddings": family.max_positions, "rope_theta": rotation.theta}
+    settings: dict[str, Any] = {"max_position_embeddings": family.max_positions, "rope_theta": rotation.theta}
     settings |= {key: value for key, value in hf.items() if value is not None}
     if family.positions == "learned":
         return LearnedPositions(max_position_embeddings=settings["max_position_embeddings"], offset=family.position_offset)
@@ -119,7 +119,9 @@ def positions_to_hf(config: ModelConfig, family: Family) -> dict[str, Any]:
     if family.rotation.blocks == "listed":
         hf["no_rope_layers"] = [int(layer.rope is not None) for layer in config.layers]
     if family.rotation.local_theta is not None:
-        local = [layer.rope for layer in config.layers if layer.window is not None and layer.rope is not None]
-        hf["rope_parameters"] = {_FULL: hf["rope_parameters"]} | {_SLIDING: rope.to_hf() for rope in local[:1]}
-        hf |= {family.rotation.local_theta.name: rope.rope_theta for rope in local[:1]}
+        local = next((layer.rope for layer in config.layers if layer.window is not None), None)
+        hf["rope_parameters"] = {_FULL: config.positions.to_hf()}
+        if local is not None:
+            hf["rope_parameters"][_SLIDING] = local.to_hf()
+            hf[family.rotation.local_theta.name] = local.rope_theta
     return hf

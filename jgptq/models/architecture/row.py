@@ -75,3 +75,11 @@ class Family:
     window: Window | None = None  # None: attention sees all positions
     decoder: str = "model"  # what stands before the names of all modules but the output projection
     modules: Mapping[str, str] = dataclasses.field(default_factory=dict)  # path in a block, or top-level name -> name in the file
+
+    @property
+    def names(self) -> set[str]:
+        """Names of all keys of a file by which the row reads a switch."""
+        rotation, names = self.rotation, {key.name for key in self.keys.values()}
+        names |= {"no_rope_layers"} if rotation.blocks == "listed" else set()
+        names |= {"rotary_dim"} if rotation.features is not None else set()
+        return names | ({rotation.local_theta.name} if rotation.local_theta is not None else set())

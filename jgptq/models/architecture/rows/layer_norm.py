@@ -3,7 +3,16 @@
 from collections.abc import Mapping
 
 from jgptq.models.architecture.row import Family, Key, Rotation, Window
-from jgptq.models.architecture.rows.common import ATTENTION_BIAS, COMMON, LAYER_NORM_EPS, LLAMA_NORMS, MLP_BIAS, SIZES, TANH, USE_BIAS
+from jgptq.models.architecture.rows.common import (
+    ATTENTION_BIAS,
+    COMMON,
+    LAYER_NORM_EPS,
+    LLAMA_NORMS,
+    MLP_BIAS,
+    SIZES,
+    TANH,
+    USE_BIAS,
+)
 
 ROWS: Mapping[str, Family] = {
     # arXiv 2205.01068. The 350m model norms the stream after each sublayer, and its token vectors are narrower than the stream.
@@ -100,10 +109,7 @@ ROWS: Mapping[str, Family] = {
     # arXiv 2402.16819. Norms store their distance from one.
     "nemotron": Family(
         hf_class="NemotronForCausalLM",
-        keys=COMMON
-        | ATTENTION_BIAS
-        | MLP_BIAS
-        | {"hidden_act": Key("hidden_act", "relu2"), "norm_eps": Key("norm_eps", 1e-5)},
+        keys=COMMON | ATTENTION_BIAS | MLP_BIAS | {"hidden_act": Key("hidden_act", "relu2"), "norm_eps": Key("norm_eps", 1e-5)},
         fixed={"norm": "layer", "norm_bias": True, "norm_offset": 1.0, "gated_mlp": False},
         max_positions=4096,
         rotation=Rotation(partial=0.5),

@@ -78,19 +78,6 @@ ROWS: Mapping[str, Family] = {
         max_positions=524288,
         modules=LLAMA_NORMS,
     ),
-    "iquestcoder": Family(
-        hf_class="LlamaForCausalLM",
-        keys=COMMON
-        | ATTENTION_BIAS
-        | MLP_BIAS
-        | {
-            "num_key_value_heads": Key("num_key_value_heads", 8),
-            "head_dim": Key("head_dim", 128),
-            "norm_eps": Key("rms_norm_eps", 1e-5),
-        },
-        max_positions=131072,
-        modules=LLAMA_NORMS,
-    ),
     "arcee": Family(
         hf_class="ArceeForCausalLM",
         keys=COMMON

@@ -23,7 +23,7 @@ ROWS: Mapping[str, Family] = {
         fixed={"block_form": "output", "qk_norm": "width"},
         modules=_OUTPUT_NORMS,
     ),
-    # What extends the context speaks of the blocks without a window.
+    # What extends the context speaks of the blocks without a window; one base wavelength is for all.
     "olmo3": Family(
         hf_class="Olmo3ForCausalLM",
         keys=COMMON | ATTENTION_BIAS | {"norm_eps": Key("rms_norm_eps", 1e-5)},
