@@ -14,7 +14,7 @@ from converters.encode import constant_words
 from converters.names import IGNORED, LEAVES, leaves, unit_leaves
 from converters.quantization import declared_group_sizes, read_settings
 from jgptq.errors import ArchitectureError, CheckpointError
-from jgptq.models import Decoder, ModelConfig, Origin, Unit, checkpoint_name, config_from_hf
+from jgptq.models import FAMILIES, Decoder, ModelConfig, Origin, Unit, checkpoint_name, config_from_hf
 from jgptq.models.memory import copy_module
 from jgptq.models.packed import PackedTensor, validate
 from jgptq.settings.sizes import BITS, group_rows
@@ -49,7 +49,8 @@ def load_hf(source: str | Path, dtype: str = "auto") -> Decoder:
     checkpoint = open_checkpoint(folder)
     decoder = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
     used = _fill(leaves(decoder), checkpoint, config, quantization)
-    unexpected = [name for name in checkpoint.entries if name not in used and not _leftover(name, checkpoint)]
+    constants = IGNORED + FAMILIES[config.model_type].buffers
+    unexpected = [name for name in checkpoint.entries if name not in used and not _leftover(name, checkpoint, constants)]
     if config.tie_word_embeddings:
         unexpected = [name for name in unexpected if name != "lm_head.weight"]
     if unexpected:
@@ -62,11 +63,11 @@ def load_hf(source: str | Path, dtype: str = "auto") -> Decoder:
     return decoder
 
 
-def _leftover(name: str, checkpoint: Checkpoint) -> bool:
-    """Whether a tensor that the model does not have may be ignored: old buffers, and biases of zeros next to codes."""
+def _leftover(name: str, checkpoint: Checkpoint, constants: tuple[str, ...]) -> bool:
+    """Whether a tensor that the model does not have may be ignored: constants, and biases of zeros next to codes."""
     module, _, part = name.rpartition(".")
     added = part == "bias" and f"{module}.qweight" in checkpoint.entries and not np.any(checkpoint.array(name))
-    return added or name.endswith(IGNORED)
+    return added or name.endswith(constants)
 
 
 def load_unit(index: int, unit: Unit, checkpoint: Checkpoint, quantization: dict[str, Any]) -> Unit:

@@ -43,13 +43,11 @@ class Attention(nnx.Module):
         if config.qk_norm == "width":
             q, k = self._normed(q, k)
         q, k, v = (y.reshape(batch, length, -1, config.head_dim) for y in (q, k, v))
-        if config.qk_norm in ("head", "heads") and not config.qk_norm_rotated:
+        if config.qk_norm in ("head", "heads"):
             q, k = self._normed(q, k)
         if self.layer.rope is not None:
             cos, sin = rotary_tables(self.layer.rope, config.head_dim, length)
             q, k = (rotate(y, cos, sin, config.rotary_pairs) for y in (q, k))
-        if config.qk_norm_rotated:
-            q, k = self._normed(q, k)
         slopes = alibi_slopes(config.num_attention_heads) if isinstance(config.positions, AlibiPositions) else None
         scale = config.attention_multiplier
         scale = (config.query_pre_attn_scalar or config.head_dim) ** -0.5 if scale is None else scale

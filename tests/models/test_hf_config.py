@@ -46,7 +46,7 @@ def test_a_silent_config_gets_the_defaults_of_transformers(family):
     sizes = {FAMILIES[family].keys[name].name: size for name, size in WIDE.items()}
     silent = {"model_type": family, **sizes}
     yarn, windows = {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, {"use_sliding_window": True, "max_window_layers": 1}
-    yarn = yarn if FAMILIES[family].positions == "rotary" else {}
+    yarn = yarn if FAMILIES[family].positions == "rotary" and FAMILIES[family].rotary_dim is None else {}
     for hf in (silent, silent | yarn, silent | windows):
         config, ours = torch_config(hf), config_from_hf(hf)
         assert ours == config_from_hf(config.to_dict())
@@ -160,11 +160,13 @@ def configs(draw) -> ModelConfig:
     switches |= {switch: by_key[family.keys[switch].name] for switch in biases}
     for switch in {"block_form", "qk_norm"} & family.keys.keys():
         switches[switch] = draw(st.sampled_from(list(family.keys[switch].values.values())))
-    positions = draw(ropes(head_dim) if family.rotation.partial is None else partial_ropes())
+    positions = draw(ropes(head_dim) if family.partial_rotary is None else partial_ropes())
     if family.positions == "learned":
         positions = LearnedPositions(max_position_embeddings=draw(st.sampled_from([8, 512])), offset=2)
-    if family.rotation.local_theta is not None:
+    if family.local_theta is not None:
         positions = dataclasses.replace(positions, truncate=True)  # transformers reads it where it does not write it
+    if family.rotary_dim is not None:
+        positions = RopeConfig(partial_rotary_factor=draw(st.sampled_from([4, 10, 16])) / head_dim, max_position_embeddings=8)
     layer_windows = tuple(draw(windows))
     return ModelConfig(
         **{"model_type": name, **sizes, **family.fixed, **switches, "head_dim": head_dim},
@@ -173,18 +175,18 @@ def configs(draw) -> ModelConfig:
         dtype=draw(st.sampled_from(["float32", "bfloat16"])),
         positions=positions,
         layer_windows=layer_windows,
-        layer_ropes=draw(layer_ropes(family.rotation, positions, layer_windows, head_dim)),
+        layer_ropes=draw(layer_ropes(family, positions, layer_windows, head_dim)),
     )
 
 
 @st.composite
-def layer_ropes(draw, rotation, positions, windows, head_dim: int) -> tuple | None:
+def layer_ropes(draw, family, positions, windows, head_dim: int) -> tuple | None:
     """The rotary settings of blocks, where a family lets them differ and they do."""
-    if rotation.blocks == "all":
+    if family.rotated == "all":
         return None
-    if rotation.blocks == "listed":
+    if family.rotated == "listed":
         each = [positions if draw(st.booleans()) else None for _ in windows]
-    elif rotation.local_theta is None:
+    elif family.local_theta is None:
         each = [None if window is None else positions for window in windows]
     else:
         most = positions.max_position_embeddings
@@ -211,11 +213,11 @@ def test_what_config_to_hf_writes_we_and_transformers_read_back(config, length):
     theirs = torch_config(file)
     assert torch_windows(theirs) == config.layer_windows
     assert theirs.architectures == [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
-    if not isinstance(config.positions, RopeConfig):
+    if not isinstance(config.positions, RopeConfig) or FAMILIES[config.model_type].rotary_dim is not None:
         return
     for window, rope in {(layer.window is not None, layer.rope) for layer in config.layers if layer.rope is not None}:
         kind = ("sliding_attention" if window else "full_attention",)
-        kind = () if FAMILIES[config.model_type].rotation.local_theta is None else kind
+        kind = () if FAMILIES[config.model_type].local_theta is None else kind
         expected = rotary_of(theirs)(torch.zeros(1), torch.arange(length)[None], *kind)
         for ours, reference in zip(rotary_tables(rope, config.head_dim, length), expected, strict=True):
             half = ours.shape[-1] // 2

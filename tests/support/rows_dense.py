@@ -8,6 +8,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 MULTIPLIERS = {"embedding_multiplier": 3.0, "attention_multiplier": 0.4, "residual_multiplier": 0.6, "logits_scaling": 0.5}
 GEMMA3 = {"head_dim": 32, "query_pre_attn_scalar": 24}
 WIDE = {"head_dim": 16}
+GPTJ = {"model_type": "gptj", "vocab_size": 61, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 10}
 STARCODER2 = {"norm_epsilon": 0.01}
 
 # name: (config.json, keys whose change must change the logits: otherwise the row proves nothing)
@@ -96,6 +97,8 @@ DENSE: dict[str, tuple[dict, dict | None]] = {
         hf_dict("phi", qk_layernorm=True, num_key_value_heads=None, partial_rotary_factor=0.4, rope_scaling=LINEAR),
         {"rope_scaling": None},
     ),
+    "gptj": (GPTJ, {"rotary_dim": 8}),
+    "gptj_inner": (GPTJ | {"n_inner": 96, "rotary_dim": 16, "layer_norm_epsilon": 0.01}, {"layer_norm_epsilon": 1e-5}),
     "nemotron": (hf_dict("nemotron", norm_eps=0.01), {"norm_eps": 1e-5}),
     "nemotron_every_bias": (
         hf_dict("nemotron", head_dim=32, attention_bias=True, mlp_bias=True, tie_word_embeddings=True, partial_rotary_factor=1.0),

@@ -127,8 +127,12 @@ def torch_twin(hf: dict, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + noise / 2 if "norm" in name else noise / 2 if name.endswith("bias") else noise / 5)
+            parameter.copy_(1 + noise / 2 if is_norm(name) else noise / 2 if name.endswith("bias") else noise / 5)
     return model
+
+
+def is_norm(name: str) -> bool:
+    return "norm" in name or ".ln_" in name
 
 
 def is_buffer(name: str) -> bool:

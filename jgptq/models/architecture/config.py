@@ -71,7 +71,6 @@ class ModelConfig:
     lm_head_bias: bool = False  # bias on the output projection, which is not tied then
     clip_qkv: float | None = None  # outputs of q, k, v are clipped to this magnitude
     qk_norm: str | None = None  # norm of queries and keys: "head" (one scale for all heads), "heads" (one each), "width", or none
-    qk_norm_rotated: bool = False  # that norm follows the rotation instead of preceding it
     query_pre_attn_scalar: float | None = None  # scores are divided by its square root; None: head_dim
     attention_multiplier: float | None = None  # factor of scores; None: by `query_pre_attn_scalar`
     attn_logit_softcapping: float | None = None  # a bound that scores approach, see `jgptq.models.layers.softcapped`

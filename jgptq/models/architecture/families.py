@@ -75,5 +75,5 @@ def checkpoint_name(path: str, model_type: str) -> str:
         return path
     if path.startswith("layers."):
         _, index, within = path.split(".", 2)
-        return f"{family.decoder}.layers.{index}.{family.modules.get(within, within)}"
+        return f"{family.decoder}.{family.blocks}.{index}.{family.modules.get(within, within)}"
     return f"{family.decoder}.{family.modules.get(path, path)}"

@@ -38,6 +38,7 @@ def config_from_hf(hf: Mapping[str, Any], dtype: str = "auto") -> ModelConfig:
         heads if fields.get("num_key_value_heads") is None else fields["num_key_value_heads"]
     )
     fields["head_dim"] = fields.get("head_dim") or width // heads
+    fields["intermediate_size"] = fields.get("intermediate_size") or 4 * width
     if heads % kv_heads:
         raise CheckpointError(f"config.json: {heads} attention heads cannot share {kv_heads} key-value heads")
     if fields["hidden_act"] not in ACTIVATIONS:

@@ -1,4 +1,11 @@
-"""Windows and rotary settings of the blocks of a decoder <-> the keys of a `config.json`, by the rules of its family."""
+"""Windows and rotary settings of the blocks of a decoder <-> the keys of a `config.json`, by the rules of its family.
+
+The blocks that rotate queries and keys are, by `Family.rotated`, one of
+
+    all      every block
+    listed   those with a 1 in `no_rope_layers`, or else all but every `no_rope_layer_interval`-th
+    sliding  those with a window; where these have a base wavelength of their own, the others are rotated too
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -56,15 +63,18 @@ def windows_to_hf(windows: Sequence[int | None], known: Window | None) -> dict[s
 
 def read_positions(hf: Mapping[str, Any], family: Family, head_dim: int) -> Positions:
     """How positions reach the attention, where all blocks agree; else, in the blocks without a window."""
-    rotation = family.rotation
-    settings: dict[str, Any] = {"max_position_embeddings": family.max_positions, "rope_theta": rotation.theta}
-    settings |= {key: value for key, value in hf.items() if value is not None}
+    most = family.max_positions if hf.get(family.positions_key) is None else hf[family.positions_key]
     if family.positions == "learned":
-        return LearnedPositions(max_position_embeddings=settings["max_position_embeddings"], offset=family.position_offset)
-    if rotation.local_theta is not None:
+        return LearnedPositions(max_position_embeddings=most, offset=family.position_offset)
+    if family.rotary_dim is not None:
+        features = hf.get(family.rotary_dim.name, family.rotary_dim.default) or head_dim
+        return RopeConfig(partial_rotary_factor=features / head_dim, max_position_embeddings=most)
+    settings = dict(family.rotary_defaults) | {key: value for key, value in hf.items() if value is not None}
+    settings["max_position_embeddings"] = most
+    if family.local_theta is not None:
         shared = settings.pop("rope_parameters", {}).get(_FULL) or {}
         settings["rope_scaling"] = {**shared, **settings.get("rope_scaling", {})}
-    return RopeConfig.from_hf(settings, head_dim, rotation.partial)
+    return RopeConfig.from_hf(settings, head_dim, family.partial_rotary)
 
 
 def read_ropes(
@@ -76,15 +86,14 @@ def read_ropes(
       ArchitectureError: the settings depend on which blocks have a window, and the file has no width for it.
       CheckpointError: `no_rope_layers` is too short.
     """
-    rotation = family.rotation
-    if rotation.blocks == "all" or not isinstance(positions, RopeConfig):
+    if family.rotated == "all" or not isinstance(positions, RopeConfig):
         return None
-    if rotation.blocks == "listed":
+    if family.rotated == "listed":
         ropes = tuple(positions if rotates else None for rotates in _listed(hf, len(windows)))
     else:
         if family.window is not None and hf.get("sliding_window", family.window.default) is None:
             raise ArchitectureError("config.json: expected a number as sliding_window, which says what is rotated; found null")
-        local = rotation.local_theta
+        local = family.local_theta
         with_window, without = (positions, None) if local is None else (_local(hf, local, positions, head_dim), positions)
         ropes = tuple(without if window is None else with_window for window in windows)
     return None if all(rope == positions for rope in ropes) else ropes
@@ -112,16 +121,18 @@ def _listed(hf: Mapping[str, Any], layers: int) -> list[bool]:
 
 def positions_to_hf(config: ModelConfig, family: Family) -> dict[str, Any]:
     """The keys that `read_positions` and `read_ropes` read."""
-    hf: dict[str, Any] = {"max_position_embeddings": config.positions.max_position_embeddings}
+    hf: dict[str, Any] = {family.positions_key: config.positions.max_position_embeddings}
     if not isinstance(config.positions, RopeConfig):
         return hf
+    if family.rotary_dim is not None:
+        return hf | {family.rotary_dim.name: config.positions.rotated(config.head_dim)}
     hf |= {"rope_parameters": config.positions.to_hf(), "rope_theta": config.positions.rope_theta}
-    if family.rotation.blocks == "listed":
+    if family.rotated == "listed":
         hf["no_rope_layers"] = [int(layer.rope is not None) for layer in config.layers]
-    if family.rotation.local_theta is not None:
+    if family.local_theta is not None:
         local = next((layer.rope for layer in config.layers if layer.window is not None), None)
         hf["rope_parameters"] = {_FULL: config.positions.to_hf()}
         if local is not None:
             hf["rope_parameters"][_SLIDING] = local.to_hf()
-            hf[family.rotation.local_theta.name] = local.rope_theta
+            hf[family.local_theta.name] = local.rope_theta
     return hf

@@ -37,28 +37,10 @@ class Window:
         unrotated  those of `layer_types`, or else, where `use_sliding_window` is true, those without rotation
     """
 
-    default: int | None  # the width where the file is silent
+    default: int | None  # the width where the file is silent; None: no window then
     blocks: str = "opt_in"
     period: int | None = None  # of patterned blocks; None: all of them slide
     period_key: str | None = None  # where the file says it
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Rotation:
-    """How a `config.json` says which blocks rotate queries and keys, and how.
-
-    The blocks that do are one of
-
-        all      every block
-        listed   those with a 1 in `no_rope_layers`, or else all but every `no_rope_layer_interval`-th
-        sliding  those with a window; where these have a base wavelength of their own, the others are rotated too
-    """
-
-    theta: float = 10000.0  # the base wavelength where the file is silent
-    partial: float | None = None  # part of a head that is rotated, where the file is silent; None: all of it, always
-    features: int | None = None  # where files give a number of features as `rotary_dim`: that number where the file is silent
-    blocks: str = "all"
-    local_theta: Key | None = None  # where the base wavelength of blocks with a window stands, which are not scaled
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,17 +51,23 @@ class Family:
     keys: Mapping[str, Key]  # switch of `ModelConfig` -> where it stands in the file
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # switches that all models of the family share
     positions: str = "rotary"  # rotary or learned
-    max_positions: int = 2048  # of `max_position_embeddings`, where the file is silent
+    positions_key: str = "max_position_embeddings"  # the key of how many positions there are
+    max_positions: int = 2048  # its value where the file is silent
     position_offset: int = 0  # of learned positions: the row of the table that belongs to position 0
-    rotation: Rotation = dataclasses.field(default_factory=Rotation)
+    partial_rotary: float | None = None  # part of a head that is rotated, where the file is silent; None: all of it, always
+    rotary_dim: Key | None = None  # where files say how many features of a head are rotated, and nothing else of rotary positions
+    rotary_defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # settings of a file that is silent on them
+    rotated: str = "all"  # blocks that rotate queries and keys: all, listed or sliding, see `jgptq.models.architecture.per_layer`
+    local_theta: Key | None = None  # where the base wavelength of sliding blocks stands, if it is their own
     window: Window | None = None  # None: attention sees all positions
     decoder: str = "model"  # what stands before the names of all modules but the output projection
+    blocks: str = "layers"  # the name of the list of blocks
+    buffers: tuple[str, ...] = ()  # endings of constants that old files hold and no model reads
     modules: Mapping[str, str] = dataclasses.field(default_factory=dict)  # path in a block, or top-level name -> name in the file
 
     @property
     def names(self) -> set[str]:
         """Names of all keys of a file by which the row reads a switch."""
-        rotation, names = self.rotation, {key.name for key in self.keys.values()}
-        names |= {"no_rope_layers"} if rotation.blocks == "listed" else set()
-        names |= {"rotary_dim"} if rotation.features is not None else set()
-        return names | ({rotation.local_theta.name} if rotation.local_theta is not None else set())
+        single = [key for key in (self.rotary_dim, self.local_theta) if key is not None]
+        listed = {"no_rope_layers"} if self.rotated == "listed" else set()
+        return {key.name for key in (*self.keys.values(), *single)} | listed

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from jgptq.models.architecture.row import Family, Key, Rotation, Window
+from jgptq.models.architecture.row import Family, Key, Window
 from jgptq.models.architecture.rows.common import ATTENTION_BIAS, COMMON, LAYER_NORM_EPS
 
 _KEYS = (
@@ -19,7 +19,7 @@ ROWS: Mapping[str, Family] = {
         keys=_KEYS | {"qk_norm": Key("use_qk_norm", False, {False: None, True: "heads"})},
         fixed=_FIXED,
         max_positions=8192,
-        rotation=Rotation(theta=500000.0),
+        rotary_defaults={"rope_theta": 500000.0},
         modules={"attn_norm": "input_layernorm"},
     ),
     # Blocks without a window have no positions at all.
@@ -28,7 +28,7 @@ ROWS: Mapping[str, Family] = {
         keys={name: key for name, key in _KEYS.items() if name != "head_dim"},
         fixed=_FIXED,
         max_positions=8192,
-        rotation=Rotation(blocks="sliding"),
+        rotated="sliding",
         window=Window(default=4096, blocks="patterned", period=4, period_key="sliding_window_pattern"),
         modules={"attn_norm": "input_layernorm"},
     ),

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from jgptq.models.architecture.row import Family, Key, Rotation, Window
+from jgptq.models.architecture.row import Family, Key, Window
 from jgptq.models.architecture.rows.common import ATTENTION_BIAS, COMMON, LLAMA_NORMS, TANH
 
 _FOUR_NORMS = {
@@ -58,7 +58,9 @@ ROWS: Mapping[str, Family] = {
         keys=_SECOND | {"final_logit_softcapping": Key("final_logit_softcapping", None)},
         fixed={"block_form": "sandwich", "norm_offset": 1.0, "embedding_scaled": True, "qk_norm": "head"},
         max_positions=131072,
-        rotation=Rotation(theta=1e6, blocks="sliding", local_theta=Key("rope_local_base_freq", 10000.0)),
+        rotary_defaults={"rope_theta": 1e6},
+        rotated="sliding",
+        local_theta=Key("rope_local_base_freq", 10000.0),
         window=Window(default=4096, blocks="patterned", period=6, period_key="sliding_window_pattern"),
         modules=_FOUR_NORMS,
     ),

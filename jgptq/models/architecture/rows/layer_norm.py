@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from jgptq.models.architecture.row import Family, Key, Rotation, Window
+from jgptq.models.architecture.row import Family, Key, Window
 from jgptq.models.architecture.rows.common import (
     ATTENTION_BIAS,
     COMMON,
@@ -13,6 +13,8 @@ from jgptq.models.architecture.rows.common import (
     TANH,
     USE_BIAS,
 )
+
+_ONE_NORM = {"norm": "layer", "norm_bias": True, "block_form": "parallel", "gated_mlp": False, "lm_head_bias": True}
 
 ROWS: Mapping[str, Family] = {
     # arXiv 2205.01068. The 350m model norms the stream after each sublayer, and its token vectors are narrower than the stream.
@@ -57,7 +59,7 @@ ROWS: Mapping[str, Family] = {
         },
         fixed={"norm": "layer", "norm_bias": True},
         max_positions=4096,
-        rotation=Rotation(partial=0.25),
+        partial_rotary=0.25,
         modules=LLAMA_NORMS,
     ),
     # arXiv 2402.19173.
@@ -85,17 +87,8 @@ ROWS: Mapping[str, Family] = {
             "hidden_act": Key("hidden_act", "gelu_new"),
             "qk_norm": Key("qk_layernorm", False, {False: None, True: "head"}),
         },
-        fixed={
-            "norm": "layer",
-            "norm_bias": True,
-            "block_form": "parallel",
-            "gated_mlp": False,
-            "qkv_bias": True,
-            "o_bias": True,
-            "mlp_bias": True,
-            "lm_head_bias": True,
-        },
-        rotation=Rotation(partial=0.5),
+        fixed=_ONE_NORM | {"qkv_bias": True, "o_bias": True, "mlp_bias": True},
+        partial_rotary=0.5,
         modules={
             "attn_norm": "input_layernorm",
             "self_attn.o_proj": "self_attn.dense",
@@ -112,7 +105,7 @@ ROWS: Mapping[str, Family] = {
         keys=COMMON | ATTENTION_BIAS | MLP_BIAS | {"hidden_act": Key("hidden_act", "relu2"), "norm_eps": Key("norm_eps", 1e-5)},
         fixed={"norm": "layer", "norm_bias": True, "norm_offset": 1.0, "gated_mlp": False},
         max_positions=4096,
-        rotation=Rotation(partial=0.5),
+        partial_rotary=0.5,
         modules=LLAMA_NORMS,
     ),
     "jais2": Family(
@@ -128,5 +121,34 @@ ROWS: Mapping[str, Family] = {
         fixed={"norm": "layer", "norm_bias": True, "gated_mlp": False},
         max_positions=8192,
         modules=LLAMA_NORMS,
+    ),
+    "gptj": Family(
+        hf_class="GPTJForCausalLM",
+        keys={
+            "vocab_size": Key("vocab_size"),
+            "hidden_size": Key("n_embd"),
+            "intermediate_size": Key("n_inner", None),  # None: 4 * hidden_size
+            "num_hidden_layers": Key("n_layer"),
+            "num_attention_heads": Key("n_head"),
+            "hidden_act": Key("activation_function", "gelu_new"),
+            "norm_eps": Key("layer_norm_epsilon", 1e-5),
+        },
+        fixed=_ONE_NORM | {"mlp_bias": True, "rotary_pairs": "neighbours"},
+        positions_key="n_positions",
+        rotary_dim=Key("rotary_dim", 64),
+        decoder="transformer",
+        blocks="h",
+        buffers=(".attn.bias", ".attn.masked_bias"),
+        modules={
+            "embed_tokens": "wte",
+            "attn_norm": "ln_1",
+            "self_attn.q_proj": "attn.q_proj",
+            "self_attn.k_proj": "attn.k_proj",
+            "self_attn.v_proj": "attn.v_proj",
+            "self_attn.o_proj": "attn.out_proj",
+            "mlp.up_proj": "mlp.fc_in",
+            "mlp.down_proj": "mlp.fc_out",
+            "norm": "ln_f",
+        },
     ),
 }

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from jgptq.models.architecture.row import Family, Key, Rotation, Window
+from jgptq.models.architecture.row import Family, Key, Window
 from jgptq.models.architecture.rows.common import ATTENTION_BIAS, COMMON, LLAMA_NORMS, MLP_BIAS, USE_BIAS
 
 ROWS: Mapping[str, Family] = {
@@ -54,7 +54,8 @@ ROWS: Mapping[str, Family] = {
         | MLP_BIAS
         | {"num_key_value_heads": Key("num_key_value_heads", 4), "tie_word_embeddings": Key("tie_word_embeddings", True)},
         max_positions=32768,
-        rotation=Rotation(theta=2e6, blocks="listed"),
+        rotary_defaults={"rope_theta": 2e6},
+        rotated="listed",
         window=Window(default=None, blocks="unrotated"),
         modules=LLAMA_NORMS,
     ),
@@ -100,7 +101,7 @@ ROWS: Mapping[str, Family] = {
         },
         fixed={"rotary_pairs": "neighbours"},
         max_positions=4096,
-        rotation=Rotation(theta=100000.0),
+        rotary_defaults={"rope_theta": 100000.0},
         modules=LLAMA_NORMS,
     ),
     "ernie4_5": Family(
@@ -115,7 +116,7 @@ ROWS: Mapping[str, Family] = {
         },
         fixed={"rotary_pairs": "neighbours"},
         max_positions=131072,
-        rotation=Rotation(theta=500000.0),
+        rotary_defaults={"rope_theta": 500000.0},
         modules=LLAMA_NORMS,
     ),
 }

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from jgptq.models.architecture.row import Family, Key, Rotation, Window
+from jgptq.models.architecture.row import Family, Key, Window
 from jgptq.models.architecture.rows.common import ATTENTION_BIAS, COMMON, LLAMA_NORMS
 
 _OUTPUT_NORMS = {"attn_norm": "post_attention_layernorm", "mlp_norm": "post_feedforward_layernorm"}
@@ -28,7 +28,9 @@ ROWS: Mapping[str, Family] = {
         hf_class="Olmo3ForCausalLM",
         keys=COMMON | ATTENTION_BIAS | {"norm_eps": Key("rms_norm_eps", 1e-5)},
         fixed={"block_form": "output", "qk_norm": "width"},
-        rotation=Rotation(theta=500000.0, blocks="sliding", local_theta=Key("rope_theta", 500000.0)),
+        rotary_defaults={"rope_theta": 500000.0},
+        rotated="sliding",
+        local_theta=Key("rope_theta", 500000.0),
         window=Window(default=4096, blocks="patterned", period=4),
         modules=_OUTPUT_NORMS,
     ),
