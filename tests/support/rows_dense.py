@@ -64,6 +64,7 @@ DENSE: dict[str, tuple[dict, dict | None]] = {
     "ernie4_5_every_bias": (hf_dict("ernie4_5", head_dim=32, use_bias=True, tie_word_embeddings=False), None),
     "olmo": (hf_dict("olmo"), {"rope_theta": 10000.0}),
     "olmo_clipped": (hf_dict("olmo", clip_qkv=0.7, attention_bias=True, tie_word_embeddings=True), {"clip_qkv": None}),
+    "olmo_clipped_each": (hf_dict("olmo", clip_qkv=0.7, num_key_value_heads=None), {"clip_qkv": 0.8}),
     "olmo3": (hf_dict("olmo3", **ONE_FULL, rope_theta=500000.0, rope_scaling=YARN), {"rope_scaling": None}),
     "olmo3_pattern": (
         hf_dict("olmo3", num_hidden_layers=4, sliding_window=7, rope_theta=500000.0, attention_bias=True),
