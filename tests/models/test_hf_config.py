@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from hf_files import SIZES, SLIDING, hf_dict
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rows_dense import MULTIPLIERS
+from rows.common import SIZES, SLIDING, hf_dict
+from rows.dense import MULTIPLIERS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from twins import LONG, ROPE_TYPES, ROWS, torch_config, twin
 
@@ -82,6 +82,13 @@ def test_rope_scaling_wins_over_rope_parameters_as_in_transformers():
         ({"attn_logit_softcapping": 50.0}, ArchitectureError, ["attn_logit_softcapping null, found 50.0", "'llama'"]),
         ({"model_type": "stablelm", "qk_layernorm": True}, ArchitectureError, ["qk_layernorm", "'stablelm'"]),
         ({"model_type": "gemma", "use_bidirectional_attention": True}, ArchitectureError, ["use_bidirectional_attention"]),
+        ({"model_type": "gemma3_text", "attn_logit_softcapping": 50.0}, ArchitectureError, ["attn_logit_softcapping null"]),
+        ({"model_type": "gemma3_text", "sliding_window": None}, ArchitectureError, ["expected a number as sliding_window"]),
+        ({"model_type": "cohere2", "use_qk_norm": True}, ArchitectureError, ["use_qk_norm False, found True", "'cohere2'"]),
+        ({"model_type": "phi", "tie_word_embeddings": True}, ArchitectureError, ["tie_word_embeddings False, found True"]),
+        ({"model_type": "exaone4", "sliding_window_pattern": "LLLG"}, ArchitectureError, ["layer_types", "'LLLG'"]),
+        ({"no_rope_layers": [1, 0]}, ArchitectureError, ["no_rope_layers null", "'llama'"]),
+        ({"model_type": "smollm3", "no_rope_layers": [1]}, CheckpointError, ["no_rope_layers", "2 blocks, found 1"]),
         ({"model_type": "opt"}, CheckpointError, ["ffn_dim missing"]),
         ({"model_type": "opt", "ffn_dim": 96, "activation_function": "mish"}, ArchitectureError, ["activation_function 'mish'"]),
         ({"model_type": "qwen2", **SLIDING, "layer_types": ["full_attention"]}, ArchitectureError, ["layer_types", "2"]),
@@ -182,7 +189,7 @@ def configs(draw) -> ModelConfig:
 @st.composite
 def layer_ropes(draw, family, positions, windows, head_dim: int) -> tuple | None:
     """The rotary settings of blocks, where a family lets them differ and they do."""
-    if family.rotated == "all":
+    if family.rotated == "all" or (family.rotated == "sliding_or_all" and set(windows) == {None} and draw(st.booleans())):
         return None
     if family.rotated == "listed":
         each = [positions if draw(st.booleans()) else None for _ in windows]

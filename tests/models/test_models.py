@@ -30,7 +30,7 @@ def test_the_setting_of_a_row_shows_in_the_logits(name):
     assert np.max(np.abs(logits(without) - logits_of(name))) > 5e-4  # five times what parity allows
 
 
-@pytest.mark.parametrize("name", ["llama_every_bias", "llama_tied", "qwen3", "gemma2"])
+@pytest.mark.parametrize("name", ["llama_every_bias", "llama_tied", "qwen3", "gemma2", "cohere", "granite", "nemotron"])
 def test_bfloat16_is_as_near_to_float32_as_transformers_bfloat16(name):
     # Both round to 8 bits, in different places, so neither can be asked for the other's digits. With e the distance of the
     # reference's bfloat16 from its float32 on the same rounded weights, two independent errors of that size are sqrt(2) e apart.

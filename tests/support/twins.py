@@ -9,8 +9,8 @@ import numpy as np
 import torch
 import transformers
 from flax import nnx
-from hf_files import SLIDES, SLIDING, hf_dict
-from rows_dense import DENSE
+from rows.common import SLIDES, SLIDING, hf_dict
+from rows.dense import DENSE
 
 from converters.names import LEAVES, leaves
 from jgptq.models import Decoder, ModelConfig, checkpoint_name, config_from_hf

@@ -2,9 +2,10 @@
 
 The blocks that rotate queries and keys are, by `Family.rotated`, one of
 
-    all      every block
-    listed   those with a 1 in `no_rope_layers`, or else all but every `no_rope_layer_interval`-th
-    sliding  those with a window; where these have a base wavelength of their own, the others are rotated too
+    all             every block
+    listed          those with a 1 in `no_rope_layers`, or else all but every `no_rope_layer_interval`-th
+    sliding         those with a window; where these have a base wavelength of their own, the others are rotated too
+    sliding_or_all  those with a window, or every block where the file has no width for one
 """
 
 from collections.abc import Mapping, Sequence
@@ -44,6 +45,8 @@ def _slides(hf: Mapping[str, Any], known: Window, layers: int) -> list[bool]:
     if known.blocks == "unrotated":
         return [hf.get("use_sliding_window", False) and not rotates for rotates in _listed(hf, layers)]
     period = known.period if known.period_key is None else hf.get(known.period_key, known.period)
+    if isinstance(period, str):
+        raise ArchitectureError(f"config.json: expected layer_types, or a number as {known.period_key}; found {period!r}")
     return [period is None or (index + 1) % period != 0 for index in range(layers)]
 
 
@@ -92,6 +95,8 @@ def read_ropes(
         ropes = tuple(positions if rotates else None for rotates in _listed(hf, len(windows)))
     else:
         if family.window is not None and hf.get("sliding_window", family.window.default) is None:
+            if family.rotated == "sliding_or_all":
+                return None
             raise ArchitectureError("config.json: expected a number as sliding_window, which says what is rotated; found null")
         local = family.local_theta
         with_window, without = (positions, None) if local is None else (_local(hf, local, positions, head_dim), positions)
@@ -129,6 +134,8 @@ def positions_to_hf(config: ModelConfig, family: Family) -> dict[str, Any]:
     hf |= {"rope_parameters": config.positions.to_hf(), "rope_theta": config.positions.rope_theta}
     if family.rotated == "listed":
         hf["no_rope_layers"] = [int(layer.rope is not None) for layer in config.layers]
+    if family.rotated == "sliding_or_all" and config.layer_ropes is None and set(config.layer_windows) == {None}:
+        hf["sliding_window"] = None
     if family.local_theta is not None:
         local = next((layer.rope for layer in config.layers if layer.window is not None), None)
         hf["rope_parameters"] = {_FULL: config.positions.to_hf()}

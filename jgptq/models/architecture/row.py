@@ -57,7 +57,7 @@ class Family:
     partial_rotary: float | None = None  # part of a head that is rotated, where the file is silent; None: all of it, always
     rotary_dim: Key | None = None  # where files say how many features of a head are rotated, and nothing else of rotary positions
     rotary_defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # settings of a file that is silent on them
-    rotated: str = "all"  # blocks that rotate queries and keys: all, listed or sliding, see `jgptq.models.architecture.per_layer`
+    rotated: str = "all"  # which blocks rotate queries and keys, see `jgptq.models.architecture.per_layer`
     local_theta: Key | None = None  # where the base wavelength of sliding blocks stands, if it is their own
     window: Window | None = None  # None: attention sees all positions
     decoder: str = "model"  # what stands before the names of all modules but the output projection

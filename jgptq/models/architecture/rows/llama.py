@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from jgptq.models.architecture.row import Family, Key, Window
-from jgptq.models.architecture.rows.common import ATTENTION_BIAS, COMMON, LLAMA_NORMS, MLP_BIAS, USE_BIAS
+from jgptq.models.architecture.rows.common import ATTENTION_BIAS, COMMON, LLAMA_NORMS, MLP_BIAS, OUTPUT_NORMS, USE_BIAS
 
 ROWS: Mapping[str, Family] = {
     "llama": Family(
@@ -118,5 +118,14 @@ ROWS: Mapping[str, Family] = {
         max_positions=131072,
         rotary_defaults={"rope_theta": 500000.0},
         modules=LLAMA_NORMS,
+    ),
+    # Blocks without a window have no positions, in models that have windows at all.
+    "exaone4": Family(
+        hf_class="Exaone4ForCausalLM",
+        keys=COMMON | {"num_key_value_heads": Key("num_key_value_heads", 32), "norm_eps": Key("rms_norm_eps", 1e-5)},
+        fixed={"block_form": "output", "qk_norm": "head"},
+        rotated="sliding_or_all",
+        window=Window(default=4096, blocks="patterned", period=4, period_key="sliding_window_pattern"),
+        modules=OUTPUT_NORMS,
     ),
 }

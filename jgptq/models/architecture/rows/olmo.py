@@ -3,9 +3,7 @@
 from collections.abc import Mapping
 
 from jgptq.models.architecture.row import Family, Key, Window
-from jgptq.models.architecture.rows.common import ATTENTION_BIAS, COMMON, LLAMA_NORMS
-
-_OUTPUT_NORMS = {"attn_norm": "post_attention_layernorm", "mlp_norm": "post_feedforward_layernorm"}
+from jgptq.models.architecture.rows.common import ATTENTION_BIAS, COMMON, LLAMA_NORMS, OUTPUT_NORMS
 
 ROWS: Mapping[str, Family] = {
     # arXiv 2402.00838.
@@ -21,7 +19,7 @@ ROWS: Mapping[str, Family] = {
         hf_class="Olmo2ForCausalLM",
         keys=COMMON | ATTENTION_BIAS | {"norm_eps": Key("rms_norm_eps", 1e-5)},
         fixed={"block_form": "output", "qk_norm": "width"},
-        modules=_OUTPUT_NORMS,
+        modules=OUTPUT_NORMS,
     ),
     # What extends the context speaks of the blocks without a window; one base wavelength is for all.
     "olmo3": Family(
@@ -32,6 +30,6 @@ ROWS: Mapping[str, Family] = {
         rotated="sliding",
         local_theta=Key("rope_theta", 500000.0),
         window=Window(default=4096, blocks="patterned", period=4),
-        modules=_OUTPUT_NORMS,
+        modules=OUTPUT_NORMS,
     ),
 }

@@ -1,6 +1,6 @@
 """Tiny config.json files of dense families, and what has to show in their logits."""
 
-from hf_files import SLIDES, hf_dict
+from rows.common import SLIDES, hf_dict
 
 ONE_FULL = {"num_hidden_layers": 3, "layer_types": [*SLIDES, "full_attention"], "sliding_window": 5}
 LINEAR = {"rope_type": "linear", "factor": 4.0}
@@ -53,6 +53,15 @@ DENSE: dict[str, tuple[dict, dict | None]] = {
             "ministral", **WIDE, sliding_window=5, layer_types=["full_attention", "sliding_attention"], tie_word_embeddings=True
         ),
         {"layer_types": None},
+    ),
+    "exaone4": (hf_dict("exaone4", **ONE_FULL), {"layer_types": SLIDES + SLIDES[:1]}),
+    "exaone4_pattern": (
+        hf_dict("exaone4", sliding_window=7, sliding_window_pattern=2, tie_word_embeddings=True, rope_scaling=YARN),
+        {"rope_scaling": None},
+    ),
+    "exaone4_full": (
+        hf_dict("exaone4", sliding_window=None, layer_types=["full_attention"] * 2),
+        {"sliding_window": 64},
     ),
     "seed_oss": (hf_dict("seed_oss", **WIDE), None),
     "seed_oss_every_bias": (hf_dict("seed_oss", head_dim=32, attention_out_bias=True, mlp_bias=True), None),
