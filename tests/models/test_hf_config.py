@@ -101,6 +101,11 @@ def test_a_config_that_cannot_be_read_says_why(changes, error, words):
     assert all(word in str(caught.value) for word in words)
 
 
+def test_a_number_of_rotated_features_survives_as_a_part_of_the_head():
+    sizes = [(features, head_dim) for head_dim in range(8, 130, 2) for features in range(2, head_dim + 1, 2)]
+    assert all(RopeConfig(partial_rotary_factor=few / many).rotated(many) == few for few, many in sizes)
+
+
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
 @pytest.mark.parametrize(("stored", "computed"), [("bfloat16", "bfloat16"), ("float16", "float32"), (None, "float32")])
 def test_auto_computes_in_bfloat16_where_the_checkpoint_is_bfloat16(key, stored, computed):
