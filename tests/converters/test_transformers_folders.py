@@ -9,6 +9,7 @@ from twins import ROWS, twin
 
 from converters import load_hf, save_hf
 from converters.checkpoint import SINGLE
+from jgptq.errors import CheckpointError
 from jgptq.models import config_from_hf
 
 
@@ -23,3 +24,14 @@ def test_a_folder_of_transformers_is_read_and_written_back_tensor_for_tensor(tmp
     for name, array in theirs.items():
         assert ours[name].dtype == array.dtype
         np.testing.assert_array_equal(ours[name], array)
+
+
+def test_constants_that_old_files_of_a_family_hold_are_passed_over(tmp_path: Path):
+    twin("gptj").save_pretrained(tmp_path)
+    tensors = safetensors.numpy.load_file(tmp_path / SINGLE)
+    masks = {"transformer.h.0.attn.bias": np.ones((1, 1, 64, 64), bool), "transformer.h.1.attn.masked_bias": np.float32([-1e9])}
+    safetensors.numpy.save_file(tensors | masks, tmp_path / SINGLE)
+    load_hf(tmp_path)
+    safetensors.numpy.save_file(tensors | {"transformer.h.0.attn.q_proj.bias": np.zeros(64, np.float32)}, tmp_path / SINGLE)
+    with pytest.raises(CheckpointError, match=r"1 tensors that a gptj does not have: transformer\.h\.0\.attn\.q_proj\.bias"):
+        load_hf(tmp_path)

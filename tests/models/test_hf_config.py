@@ -119,11 +119,11 @@ def test_an_unknown_dtype_lists_those_known():
 
 
 @st.composite
-def ropes(draw, head_dim: int) -> RopeConfig:
+def ropes(draw, rotated: int) -> RopeConfig:
     """Any rotary settings, each read by its own scaling."""
     number, ratio, length = st.floats(1.0, 16.0), st.none() | st.floats(0.5, 2.0), st.sampled_from([8, 32, 512])
     original = {"original_max_position_embeddings": length}
-    factors = {key: st.tuples(*[number] * (head_dim // 2)) for key in ("short_factor", "long_factor")}
+    factors = {key: st.tuples(*[number] * (rotated // 2)) for key in ("short_factor", "long_factor")}
     yarn = {"mscale": ratio, "mscale_all_dim": ratio, "beta_fast": st.none() | st.floats(4.0, 64.0), "beta_slow": ratio}
     fields = {
         "default": {},
@@ -172,7 +172,8 @@ def configs(draw) -> ModelConfig:
     switches |= {switch: by_key[family.keys[switch].name] for switch in biases}
     for switch in {"block_form", "qk_norm"} & family.keys.keys():
         switches[switch] = draw(st.sampled_from(list(family.keys[switch].values.values())))
-    positions = draw(ropes(head_dim) if family.partial_rotary is None else partial_ropes())
+    part = 1.0 if family.partial_rotary is None else draw(st.sampled_from([0.5, 1.0]))
+    positions = dataclasses.replace(draw(ropes(int(head_dim * part))), partial_rotary_factor=part)
     if family.positions == "learned":
         positions = LearnedPositions(max_position_embeddings=draw(st.sampled_from([8, 512])), offset=2)
     if family.local_theta is not None:
@@ -205,16 +206,6 @@ def layer_ropes(draw, family, positions, windows, head_dim: int) -> tuple | None
         local = dataclasses.replace(draw(ropes(head_dim)), max_position_embeddings=most, truncate=True)
         each = [positions if window is None else local for window in windows]
     return None if each == [positions] * len(windows) else tuple(each)
-
-
-def partial_ropes() -> st.SearchStrategy[RopeConfig]:
-    """Rotary settings of heads that are rotated in part."""
-    return st.builds(
-        RopeConfig,
-        rope_theta=st.floats(100.0, 1e6),
-        max_position_embeddings=st.sampled_from([8, 512]),
-        partial_rotary_factor=st.sampled_from([0.25, 0.5, 1.0]),
-    )
 
 
 @settings(max_examples=100, deadline=None)
