@@ -53,7 +53,8 @@ def unexpected(checkpoint: Checkpoint, config: ModelConfig, used: set[str]) -> l
     """
     tied = {_HEAD} if config.tie_word_embeddings else set()
     foreign = sorted(checkpoint.entries.keys() - used - tied)
-    problems = [f"  {name} is none of a {config.model_type}" for name in foreign if not _leftover(name, checkpoint)]
+    constants = IGNORED + FAMILIES[config.model_type].buffers
+    problems = [f"  {name} is none of a {config.model_type}" for name in foreign if not _leftover(name, checkpoint, constants)]
     embedding = f"{checkpoint_name('embed_tokens', config.model_type)}.weight"
     if tied & checkpoint.entries.keys() and embedding in used and not _same(checkpoint, embedding, _HEAD):
         problems.append(f"  {_HEAD} differs from {embedding}, and config.json has tie_word_embeddings true")
@@ -89,8 +90,8 @@ def _same(checkpoint: Checkpoint, one: str, two: str) -> bool:
     return all(first[part].tobytes() == second[part].tobytes() for part in parts)
 
 
-def _leftover(name: str, checkpoint: Checkpoint) -> bool:
-    """Whether a tensor that the model does not have may be ignored: old buffers, and biases of zeros next to codes."""
+def _leftover(name: str, checkpoint: Checkpoint, constants: tuple[str, ...]) -> bool:
+    """Whether a tensor that the model does not have may be ignored: constants, and biases of zeros next to codes."""
     module, _, part = name.rpartition(".")
     added = part == "bias" and f"{module}.qweight" in checkpoint.entries and not np.any(checkpoint.array(name))
-    return added or name.endswith(IGNORED)
+    return added or name.endswith(constants)

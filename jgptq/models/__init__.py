@@ -1,6 +1,6 @@
 """The Flax (NNX) decoder as blocks of stages, and the table of architectures."""
 
-from jgptq.models.architecture.config import AlibiPositions, LearnedPositions, ModelConfig
+from jgptq.models.architecture.config import AlibiPositions, LayerConfig, LearnedPositions, ModelConfig
 from jgptq.models.architecture.families import FAMILIES, checkpoint_name
 from jgptq.models.architecture.hf_config import config_from_hf, config_to_hf
 from jgptq.models.block import Block, Carry, Head, Unit
@@ -19,6 +19,7 @@ __all__ = [
     "Embedding",
     "Fusion",
     "Head",
+    "LayerConfig",
     "LayerNorm",
     "LearnedPositions",
     "Linear",

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from jgptq.models.architecture.config import ModelConfig
+from jgptq.models.architecture.config import LayerConfig, ModelConfig
 from jgptq.models.layers import Fused, Linear, Norm, make_norm
 from jgptq.models.stages import RESIDUAL, Stage, block_stages, head_stages
 from jgptq.models.sublayers import MLP, Attention
@@ -96,6 +96,7 @@ STEPS: Mapping[str, Callable[..., jax.Array]] = {
     "gate": lambda block, outputs, _, norm: block.mlp.activate(outputs[0]) * outputs[1],
     "activation": lambda block, outputs, _, norm: block.mlp.activate(outputs[0]),
     "add": _add,
+    "add_scaled": lambda unit, outputs, stream, norm: stream + outputs[0] * unit.config.residual_multiplier,
     "add_normed": lambda unit, outputs, stream, norm: stream + norm(outputs[0]),
     "keep": lambda unit, outputs, _, norm: outputs[0],
 }
@@ -116,15 +117,15 @@ class Block(Unit):
 
     Args:
       config: the decoder's switches.
-      window: positions that attention sees; None for all.
+      layer: the window and the rotation of this block.
       rngs: source of initial kernels.
     """
 
-    def __init__(self, config: ModelConfig, window: int | None, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, layer: LayerConfig, *, rngs: nnx.Rngs):
         form = config.block_form
         self.attn_norm = make_norm(config)
         self.attn_out_norm = make_norm(config) if form == "sandwich" else None
-        self.self_attn = Attention(config, window, rngs=rngs)
+        self.self_attn = Attention(config, layer, rngs=rngs)
         self.mlp_norm = None if form == "parallel" else make_norm(config)
         self.mlp_out_norm = make_norm(config) if form == "sandwich" else None
         self.mlp = MLP(config, rngs=rngs)

@@ -44,10 +44,11 @@ class Decoder(nnx.Module):
         self.embed_tokens = Embedding(config.vocab_size, width, rngs=rngs)
         self.embed_positions = Embedding(rows, config.hidden_size, rngs=rngs) if learned else None
         self.project_in = Linear(width, config.hidden_size, rngs=rngs) if config.projects else None
-        self.layers = nnx.List([Block(config, window, rngs=rngs) for window in config.layer_windows])
+        self.layers = nnx.List([Block(config, layer, rngs=rngs) for layer in config.layers])
         self.norm = make_norm(config) if config.has_final_norm else None
         self.project_out = Linear(config.hidden_size, width, rngs=rngs) if config.projects else None
-        self.lm_head = None if config.tie_word_embeddings else Linear(width, config.vocab_size, rngs=rngs)
+        tied, bias = config.tie_word_embeddings, config.lm_head_bias
+        self.lm_head = None if tied else Linear(width, config.vocab_size, use_bias=bias, rngs=rngs)
         self.origin: Origin | None = None
         self.quantization: QuantizeConfig | None = None
 
@@ -68,6 +69,8 @@ class Decoder(nnx.Module):
         residual = self.embed_tokens(tokens, dtype)
         if config.embedding_scaled:
             residual = residual * jnp.asarray(math.sqrt(config.hidden_size), dtype)
+        if config.embedding_multiplier != 1.0:
+            residual = residual * jnp.asarray(config.embedding_multiplier, dtype)
         if self.project_in is not None:
             residual = self.project_in(residual)
         if self.embed_positions is not None and isinstance(config.positions, LearnedPositions):
@@ -84,6 +87,7 @@ class Decoder(nnx.Module):
         if self.project_out is not None:
             h = self.project_out(h)
         logits = self.embed_tokens.attend(h) if self.lm_head is None else self.lm_head(h).astype(jnp.float32)
+        logits = logits * self.config.logit_scale / self.config.logits_scaling
         return softcapped(logits, self.config.final_logit_softcapping)
 
     def head(self) -> Head | None:

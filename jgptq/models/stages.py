@@ -73,7 +73,7 @@ def block_stages(config: ModelConfig) -> tuple[Stage, ...]:
       Four stages: q/k/v, the attention's output, the linears that open the MLP, the one that closes it. A parallel block has
       three: all that read its one norm share a Hessian.
     """
-    form = config.block_form
+    form, heads = config.block_form, config.num_attention_heads
     opening = ("mlp.gate_proj", "mlp.up_proj") if config.gated_mlp else ("mlp.up_proj",)
     attend = Step(name="attention", of=QKV, to="attended")
     activate = Step(name="gate" if config.gated_mlp else "activation", of=opening, to="hidden")
@@ -82,14 +82,14 @@ def block_stages(config: ModelConfig) -> tuple[Stage, ...]:
     close_attention = Stage(
         linears=("self_attn.o_proj",),
         reads="attended",
-        steps=(_joins("self_attn.o_proj", "attn", form),),
-        # A head mixes each feature of its values by itself, so that their scales are those of its output.
-        absorber="self_attn.v_proj" if config.num_key_value_heads == config.num_attention_heads else None,
+        steps=(_joins("self_attn.o_proj", "attn", config),),
+        # A head mixes each feature of its values by itself, so that their scales are those of its output, but for clipped ones.
+        absorber="self_attn.v_proj" if heads == config.num_key_value_heads and config.clip_qkv is None else None,
     )
     close_mlp = Stage(
         linears=("mlp.down_proj",),
         reads="hidden",
-        steps=(_joins("mlp.down_proj", "mlp", form),),
+        steps=(_joins("mlp.down_proj", "mlp", config),),
         # The up projection is a factor of what is read; without a gate the activation has to be positively homogeneous.
         absorber="mlp.up_proj" if config.gated_mlp or config.hidden_act == "relu" else None,
     )
@@ -116,11 +116,14 @@ def _opens(
     )
 
 
-def _joins(linear: str, sublayer: str, form: str) -> Step:
+def _joins(linear: str, sublayer: str, config: ModelConfig) -> Step:
     """How the output of a sublayer, "attn" or "mlp", joins the residual stream."""
+    form = config.block_form
     if form in ("output", "sandwich"):
         norm = f"{sublayer}_norm" if form == "output" else f"{sublayer}_out_norm"
         return Step(name="add_normed", of=(linear,), to=RESIDUAL, norm=norm)
+    if config.residual_multiplier != 1.0:
+        return Step(name="add_scaled", of=(linear,), to=RESIDUAL)
     return Step(name="add", of=(linear,), to=RESIDUAL, norm=f"{sublayer}_norm" if form == "post" else None)
 
 

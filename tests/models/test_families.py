@@ -59,7 +59,7 @@ def test_a_name_and_a_path_lead_to_each_other(family, data):
     name = checkpoint_name(f"layers.{index}.{path}", family)
     back = [other for other in within if checkpoint_name(f"layers.{index}.{other}", family) == name]
     assert back == [path]
-    assert re.search(r"\.layers\.(\d+)\.", name).group(1) == str(index)
+    assert re.search(rf"\.{FAMILIES[family].blocks}\.(\d+)\.", name).group(1) == str(index)
 
 
 def test_a_name_in_an_unknown_architecture_is_refused():
@@ -82,7 +82,11 @@ def rescaled(unit: Block | Head, stage, scale: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize(
-    "row", ["llama", "llama_gqa", "opt", "opt_untied", "stablelm_parallel", "gemma", "gemma2", "olmo2", "qwen3"]
+    "row",
+    [
+        *("llama", "llama_gqa", "opt", "opt_untied", "stablelm_parallel", "gemma", "gemma2", "olmo2", "qwen3"),
+        *("granite_silent", "gemma3", "cohere_untied", "phi", "nemotron", "olmo_clipped_each", "gptj"),
+    ],
 )
 def test_a_scale_of_a_stages_inputs_that_its_absorber_takes_leaves_the_logits(row):
     decoder, random = copy_module(decoder_of(row)), np.random.default_rng(0)
@@ -109,6 +113,10 @@ def test_a_scale_of_a_stages_inputs_that_its_absorber_takes_leaves_the_logits(ro
         ("stablelm_parallel", ["attn_norm", None, "mlp.up_proj"]),
         ("olmo2", [None, None, None, "mlp.up_proj"]),
         ("gemma2", ["attn_norm", None, "mlp_norm", "mlp.up_proj"]),
+        ("olmo_clipped_each", [None, None, None, "mlp.up_proj"]),
+        ("granite_silent", ["attn_norm", "self_attn.v_proj", "mlp_norm", "mlp.up_proj"]),
+        ("phi", ["attn_norm", None, None]),
+        ("jais2", ["attn_norm", None, "mlp_norm", None]),
     ],
 )
 def test_stages_say_what_can_absorb_a_scale(row, expected):
@@ -117,13 +125,22 @@ def test_stages_say_what_can_absorb_a_scale(row, expected):
 
 def test_an_activation_that_is_not_homogeneous_cannot_pass_a_scale_on():
     config = config_from_hf(opt_dict(activation_function="gelu"))
-    block = nnx.eval_shape(lambda: Block(config, None, rngs=nnx.Rngs(0)))
+    block = nnx.eval_shape(lambda: Block(config, config.layers[0], rngs=nnx.Rngs(0)))
     assert [stage.absorber for stage in block.stages()] == ["attn_norm", "self_attn.v_proj", "mlp_norm", None]
 
 
 @pytest.mark.parametrize(
     ("row", "added"),
-    [("llama", [1, 3]), ("opt_post_norm_projected", [1, 3]), ("stablelm_parallel", [1, 2]), ("olmo2", []), ("gemma2", [])],
+    [
+        ("llama", [1, 3]),
+        ("opt_post_norm_projected", [1, 3]),
+        ("stablelm_parallel", [1, 2]),
+        ("olmo2", []),
+        ("gemma2", []),
+        ("granite", []),
+        ("granite_silent", [1, 3]),
+        ("gptj", [1, 2]),
+    ],
 )
 def test_a_stage_that_adds_changes_the_stream_by_its_output_and_no_other_does(row, added):
     """`adds` is what the shift of targets builds on: before a norm of the stream, the output is added as it is."""
@@ -170,7 +187,7 @@ def test_rules_that_part_linears_of_a_stage_are_refused_with_the_reason_that_hol
         assert ("readers fuse them into one matrix" in str(caught.value)) == fused
 
 
-@pytest.mark.parametrize("row", ["opt", "opt_post_norm_projected", "gemma", "gemma2", "llama"])
+@pytest.mark.parametrize("row", ["opt", "opt_post_norm_projected", "gemma", "gemma2", "gemma3", "granite", "llama"])
 def test_calibration_begins_where_the_model_begins(row):
     decoder = decoder_of(row)
     batch, *others = embed(decoder, [TOKENS], reference=True)
@@ -200,9 +217,12 @@ def test_the_slopes_of_alibi_are_those_of_the_paper():
 @pytest.mark.parametrize(("heads", "shared", "window"), [(4, 4, None), (6, 3, None), (4, 2, 5)])
 def test_alibi_is_the_textbooks(heads, shared, window):
     config = tiny.config(
-        num_attention_heads=heads, num_key_value_heads=shared, positions=AlibiPositions(max_position_embeddings=16)
+        num_attention_heads=heads,
+        num_key_value_heads=shared,
+        positions=AlibiPositions(max_position_embeddings=16),
+        layer_windows=(window,),
     )
-    attention = Block(config, window, rngs=nnx.Rngs(0)).self_attn
+    attention = Block(config, config.layers[0], rngs=nnx.Rngs(0)).self_attn
     random = np.random.default_rng(0)
     q, k, v = (random.normal(size=(2, 24, count, 16)).astype(np.float32) for count in (heads, shared, shared))
     flat = [jnp.asarray(part.reshape(2, 24, -1)) for part in (q, k, v)]

@@ -21,6 +21,7 @@ FORMS = [
     (tiny.OPT_350M, ["mlp.up_proj"]),
     ({"block_form": "parallel", "norm": "layer"}, ["mlp.gate_up_proj"]),
     (tiny.GEMMA2, ["mlp.gate_up_proj"]),
+    (tiny.GPTJ, ["mlp.up_proj"]),
 ]
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from converters import save_hf
-from jgptq.models import Decoder, LearnedPositions, ModelConfig
+from jgptq.models import Decoder, LearnedPositions, ModelConfig, RopeConfig
 
 VOCAB, SEQ_LEN = 96, 16
 
@@ -44,6 +44,76 @@ GEMMA2 = {
     "layer_windows": (8, None),
 }
 """What makes a Gemma 2 of a tiny decoder: four norms a block, bounded scores and logits, a window in every other block."""
+
+
+COHERE = {
+    "model_type": "cohere",
+    "norm": "layer",
+    "block_form": "parallel",
+    "rotary_pairs": "neighbours",
+    "positions": RopeConfig(rope_theta=500000.0, max_position_embeddings=8192),
+    "qk_norm": "heads",
+    "logit_scale": 2.0,
+    "tie_word_embeddings": True,
+}
+"""A Cohere: one norm without bias for attention and MLP, a norm of each head of queries and keys, rotated neighbours."""
+GEMMA3 = GEMMA2 | {
+    "model_type": "gemma3_text",
+    "qk_norm": "head",
+    "attn_logit_softcapping": None,
+    "layer_ropes": (RopeConfig(rope_theta=100.0), RopeConfig()),
+}
+"""A Gemma 3: a base wavelength of their own in blocks with a window, norms of queries and keys."""
+GRANITE = {
+    "model_type": "granite",
+    "embedding_multiplier": 3.0,
+    "attention_multiplier": 0.4,
+    "residual_multiplier": 0.5,
+    "logits_scaling": 0.5,
+}
+"""A Granite: multipliers of token vectors, scores, what is added to the stream, and logits."""
+PHI = {
+    "model_type": "phi",
+    "norm": "layer",
+    "norm_bias": True,
+    "block_form": "parallel",
+    "gated_mlp": False,
+    "hidden_act": "gelu_new",
+    "positions": RopeConfig(partial_rotary_factor=0.5),
+    "qkv_bias": True,
+    "o_bias": True,
+    "mlp_bias": True,
+    "lm_head_bias": True,
+}
+"""A Phi-2: parallel without a gate, partial rotation, biases everywhere."""
+GPTJ = PHI | {
+    "model_type": "gptj",
+    "num_key_value_heads": 4,
+    "rotary_pairs": "neighbours",
+    "qkv_bias": False,
+    "o_bias": False,
+}
+"""A GPT-J: blocks that lie elsewhere in its files."""
+OLMO = {
+    "model_type": "olmo",
+    "norm": "layer",
+    "norm_affine": False,
+    "norm_eps": 1e-5,
+    "clip_qkv": 0.8,
+}
+"""An OLMo 1: norms without weights, clipped queries, keys and values."""
+SMOLLM3 = {"model_type": "smollm3", "layer_ropes": (RopeConfig(), None), "tie_word_embeddings": True}
+"""A SmolLM3: a block without positions."""
+NEMOTRON = {
+    "model_type": "nemotron",
+    "norm": "layer",
+    "norm_bias": True,
+    "norm_offset": 1.0,
+    "gated_mlp": False,
+    "hidden_act": "relu2",
+    "positions": RopeConfig(partial_rotary_factor=0.5),
+}
+"""A Nemotron: layer norms that store their distance from one, squared ReLU."""
 
 
 def config(**changes: Any) -> ModelConfig:

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 import transformers
 from flax import nnx
+from rows.common import SLIDES, SLIDING, hf_dict
+from rows.dense import DENSE
 
 from converters.names import LEAVES, leaves
 from jgptq.models import Decoder, ModelConfig, checkpoint_name, config_from_hf
@@ -18,14 +20,6 @@ transformers.logging.set_verbosity_error()
 
 LENGTH = 24
 TOKENS = np.random.default_rng(0).integers(0, 61, (2, LENGTH)).astype(np.int32)
-HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
-SIZES = {"vocab_size": 61, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
-BASE = {**SIZES, **HEADS, "max_position_embeddings": 64, "rms_norm_eps": 0.01, "rope_theta": 500.0}
-
-
-def hf_dict(model_type: str, **changes) -> dict:
-    """A config.json written by hand in the old style: `rope_scaling`, and `rope_theta` as a key of its own."""
-    return {"model_type": model_type, **BASE, **changes}
 
 
 def opt_dict(**changes) -> dict:
@@ -44,9 +38,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 LONG = {"short_factor": [1.0 + i / 8 for i in range(8)], "long_factor": [1.5 + i for i in range(8)], "type": "longrope"}
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 ROPE_TYPES = ["default", "linear", "dynamic", "yarn", "longrope", "llama3"]
-SLIDING = {"use_sliding_window": True, "sliding_window": 5}
 ALTERNATING = {"layer_types": ["sliding_attention", "full_attention"]}
-SLIDES = ["sliding_attention", "sliding_attention"]
 GEMMA2 = {"head_dim": 32, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.0}
 
 # name: (config.json, keys whose change must change the logits: otherwise the row proves nothing)
@@ -120,7 +112,7 @@ ROWS: dict[str, tuple[dict, dict | None]] = {
         {"final_logit_softcapping": None},
     ),
     "qwen3_window": (hf_dict("qwen3", head_dim=16, **SLIDING, max_window_layers=1), {"max_window_layers": 2}),
-}
+} | DENSE
 
 
 def torch_config(hf: dict) -> transformers.PretrainedConfig:
@@ -135,8 +127,12 @@ def torch_twin(hf: dict, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + noise / 2 if "norm" in name else noise / 2 if name.endswith("bias") else noise / 5)
+            parameter.copy_(1 + noise / 2 if is_norm(name) else noise / 2 if name.endswith("bias") else noise / 5)
     return model
+
+
+def is_norm(name: str) -> bool:
+    return "norm" in name or ".ln_" in name
 
 
 def is_buffer(name: str) -> bool:

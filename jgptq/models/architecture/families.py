@@ -11,13 +11,14 @@ from typing import Any
 
 from jgptq.errors import ArchitectureError
 from jgptq.models.architecture.row import Family
-from jgptq.models.architecture.rows import gemma, layer_norm, llama
+from jgptq.models.architecture.rows import cohere, gemma, layer_norm, llama, olmo
 
-FAMILIES: Mapping[str, Family] = {**llama.ROWS, **gemma.ROWS, **layer_norm.ROWS}
+FAMILIES: Mapping[str, Family] = {**llama.ROWS, **olmo.ROWS, **gemma.ROWS, **cohere.ROWS, **layer_norm.ROWS}
 
 SWITCHES: Mapping[str, tuple[Any, ...]] = {
     "alibi": (False,),
     "attention_multiplier": (1.0,),
+    "attention_out_bias": (False,),
     "attn_logit_softcapping": (),
     "clip_qkv": (),
     "embedding_multiplier": (1.0,),
@@ -25,15 +26,22 @@ SWITCHES: Mapping[str, tuple[Any, ...]] = {
     "logit_scale": (1.0,),
     "logits_scaling": (1.0,),
     "lm_head_multiplier": (1.0,),
+    "no_rope_layers": (),
     "num_experts": (0, 1),
     "num_local_experts": (0, 1),
     "parallel_attn": (False,),
     "qk_layernorm": (False,),
     "query_pre_attn_scalar": (),
     "residual_multiplier": (1.0,),
+    "rope_local_base_freq": (),
     "rotary_pct": (1.0,),
+    "tie_word_embeddings": (False,),
     "use_bidirectional_attention": (False,),
+    "use_bias": (False,),
+    "use_gated_activation": (True,),
+    "use_parallel_block": (True,),
     "use_parallel_residual": (False,),
+    "use_qk_norm": (False,),
     "use_qkv_bias": (False,),
 }
 """Keys by which configs of other architectures change the computation, with values that change nothing (as null does). Where a
@@ -76,5 +84,5 @@ def checkpoint_name(path: str, model_type: str) -> str:
         return path
     if path.startswith("layers."):
         _, index, within = path.split(".", 2)
-        return f"{family.decoder}.layers.{index}.{family.modules.get(within, within)}"
+        return f"{family.decoder}.{family.blocks}.{index}.{family.modules.get(within, within)}"
     return f"{family.decoder}.{family.modules.get(path, path)}"
