@@ -11,10 +11,10 @@ from flax import nnx
 
 from converters.checkpoint import Checkpoint, open_checkpoint, read_json, resolve_folder
 from converters.encode import constant_words
-from converters.names import IGNORED, LEAVES, leaves, unit_leaves
+from converters.names import IGNORED, NameRule, leaves, stored_rule, unit_leaves
 from converters.quantization import declared_group_sizes, read_settings
 from jgptq.errors import ArchitectureError, CheckpointError
-from jgptq.models import Decoder, ModelConfig, Origin, Unit, checkpoint_name, config_from_hf
+from jgptq.models import FAMILIES, Decoder, ModelConfig, Origin, Unit, checkpoint_name, config_from_hf
 from jgptq.models.memory import copy_module
 from jgptq.models.packed import PackedTensor, validate
 from jgptq.settings.sizes import BITS, group_rows
@@ -46,27 +46,40 @@ def load_hf(source: str | Path, dtype: str = "auto") -> Decoder:
         quantization = {"quant_method": "gptq"} | read_json(folder / "quantize_config.json")
     quantization = None if quantization is None else _check_method(quantization)
     config = config_from_hf(hf, dtype)
-    checkpoint = open_checkpoint(folder)
+    checkpoint = _with_prefix(open_checkpoint(folder), config.model_type)
     decoder = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
     used = _fill(leaves(decoder), checkpoint, config, quantization)
-    unexpected = [name for name in checkpoint.entries if name not in used and not _leftover(name, checkpoint)]
+    constants = IGNORED + FAMILIES[config.model_type].buffers
+    unexpected = [name for name in checkpoint.entries if name not in used and not _leftover(name, checkpoint, constants)]
     if config.tie_word_embeddings:
-        unexpected = [name for name in unexpected if name != "lm_head.weight"]
+        unexpected = [name for name in unexpected if name != f"{checkpoint_name('lm_head', config.model_type)}.weight"]
     if unexpected:
         listed = ", ".join(sorted(unexpected)[:12]) + (", ..." if len(unexpected) > 12 else "")
         raise CheckpointError(
-            f"{folder}: {len(unexpected)} tensors that a {config.model_type} does not have: {listed}; check config.json"
+            f"{folder}: {len(unexpected)} tensors that a {hf['model_type']} does not have: {listed}; check config.json"
         )
     decoder.origin = Origin(folder=str(folder), hf_config=json.dumps(hf))
     decoder.quantization = None if quantization is None else read_settings(quantization)
     return decoder
 
 
-def _leftover(name: str, checkpoint: Checkpoint) -> bool:
-    """Whether a tensor that the model does not have may be ignored: old buffers, and biases of zeros next to codes."""
+def _with_prefix(checkpoint: Checkpoint, model_type: str) -> Checkpoint:
+    """The checkpoint with the names of a causal language model: old files of some families hold those of the decoder alone, such as
+    `h.0.ln_1.weight` for `transformer.h.0.ln_1.weight`."""
+    family = FAMILIES[model_type]
+    prefix = family.decoder.partition(".")[0] + "."
+    if any(name.startswith(prefix) for name in checkpoint.entries):
+        return checkpoint
+    head = f"{family.head}."
+    named = {name if name.startswith(head) else prefix + name: entry for name, entry in checkpoint.entries.items()}
+    return Checkpoint(checkpoint.folder, named)
+
+
+def _leftover(name: str, checkpoint: Checkpoint, constants: tuple[str, ...]) -> bool:
+    """Whether a tensor that the model does not have may be ignored: constants, and biases of zeros next to codes."""
     module, _, part = name.rpartition(".")
     added = part == "bias" and f"{module}.qweight" in checkpoint.entries and not np.any(checkpoint.array(name))
-    return added or name.endswith(IGNORED)
+    return added or name.endswith(constants)
 
 
 def load_unit(index: int, unit: Unit, checkpoint: Checkpoint, quantization: dict[str, Any]) -> Unit:
@@ -102,7 +115,7 @@ def _fill(
         if packed and quantization is not None and declared is not None:
             read = _packed(name, shape, checkpoint, declared(name), quantization["checkpoint_format"], used, problems)
         else:
-            read = _float(f"{name}.{LEAVES[attribute].suffix}", attribute, shape, checkpoint, used, problems)
+            read = _float(name, stored_rule(path, attribute, config.model_type), shape, checkpoint, used, problems)
         if read is not None:
             setattr(module, attribute, nnx.Param(read))
     if problems:
@@ -111,11 +124,11 @@ def _fill(
 
 
 def _float(
-    name: str, attribute: str, shape: tuple[int, ...], checkpoint: Checkpoint, used: set[str], problems: list[str]
+    module: str, rule: NameRule, shape: tuple[int, ...], checkpoint: Checkpoint, used: set[str], problems: list[str]
 ) -> np.ndarray | None:
     """A float leaf in Flax layout, or None with its problem noted."""
-    transposed = LEAVES[attribute].transposed
-    stored = shape[::-1] if transposed else shape
+    name = f"{module}.{rule.suffix}"
+    stored = shape[::-1] if rule.transposed else shape
     entry = checkpoint.entries.get(name)
     if entry is None:
         problems.append(f"  {name} is missing, expected {list(stored)}")
@@ -128,7 +141,7 @@ def _float(
         problems.append(f"  {name} has dtype {entry.dtype}, expected a float")
         return None
     array = checkpoint.array(name)
-    return array.T if transposed else array
+    return array.T if rule.transposed else array
 
 
 def _packed(

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from flax import nnx
 
-from jgptq.models import Decoder, Head, Unit
+from jgptq.models import FAMILIES, Decoder, Head, Unit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,10 +23,24 @@ LEAVES = {
     "scale": NameRule("weight", transposed=False),
     "embedding": NameRule("weight", transposed=False),
 }
-"""Last part of a leaf's path -> how it is stored."""
+"""Last part of a leaf's path -> how it is stored, as a rule."""
 
 IGNORED = (".rotary_emb.inv_freq", ".self_attn.masked_bias")
-"""Endings of tensors that old checkpoints hold and no model reads."""
+"""Endings of tensors that old checkpoints of any family hold and no model reads."""
+
+
+def stored_rule(path: str, attribute: str, model_type: str) -> NameRule:
+    """How the leaf of a module is stored by an architecture.
+
+    Args:
+      path: of the module in the decoder.
+      attribute: the leaf, a key of `LEAVES`.
+      model_type: the architecture, a key of `FAMILIES`.
+    """
+    rule = LEAVES[attribute]
+    if attribute == "kernel" and path.startswith("layers.") and FAMILIES[model_type].conv1d:
+        return dataclasses.replace(rule, transposed=False)
+    return rule
 
 
 def leaves(decoder: Decoder) -> Iterator[tuple[str, nnx.Module, str]]:

@@ -21,6 +21,7 @@ GPTQMODEL_GROUPS = (-1, 16, 32, 64, 128, 256, 512, 1024)
 """Group sizes that readers accept."""
 
 HEAD = "lm_head"
+"""Path of the output projection in the decoder."""
 
 _PUBLISHED: Mapping[str, Any] = MappingProxyType(
     {name: known.published for name, known in options(QuantizeConfig).items() if known.published is not SAME_AS_HERE}
@@ -94,7 +95,7 @@ def dynamic_rules(
         if changes == () or (path == HEAD and changes is None):  # a head is float unless it is declared
             continue
         if path == HEAD:
-            rules["+:^lm_head$"] = dict(changes or ())
+            rules[f"+:^{re.escape(checkpoint_name(HEAD, model.model_type))}$"] = dict(changes or ())
         else:
             _, index, kind = path.split(".", 2)
             where.setdefault((kind, changes), []).append(int(index))

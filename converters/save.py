@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from converters.encode import encode_float, encode_packed, float_specs, packed_specs
-from converters.names import leaves
+from converters.names import leaves, stored_rule
 from converters.quantization import Format, check_format, quantization_config, reader_warnings
 from converters.shards import JOURNAL, ShardWriter, TensorSpec, partial_folder, refuse_existing
 from jgptq.errors import ConfigError, OutputError
@@ -85,7 +85,8 @@ def encode_leaf(params: Decoder, path: str, attribute: str, leaf: Any, file_form
     name = checkpoint_name(path, params.config.model_type)
     if isinstance(leaf, PackedTensor) and file_format != "float":
         return encode_packed(name, leaf, file_format)
-    return encode_float(name, attribute, leaf, _expanded_dtype(params) if isinstance(leaf, PackedTensor) else None)
+    rule = stored_rule(path, attribute, params.config.model_type)
+    return encode_float(name, rule, leaf, _expanded_dtype(params) if isinstance(leaf, PackedTensor) else None)
 
 
 def write_settings(writer: ShardWriter, params: Decoder, file_format: str) -> None:
@@ -135,11 +136,11 @@ def _specs(params: Decoder, file_format: str) -> list[TensorSpec]:
     specs = []
     for path, module, attribute in leaves(params):
         leaf = getattr(module, attribute).get_value()
-        name = checkpoint_name(path, params.config.model_type)
+        name, rule = checkpoint_name(path, params.config.model_type), stored_rule(path, attribute, params.config.model_type)
         if not isinstance(leaf, PackedTensor):
-            specs += float_specs(name, attribute, leaf.shape, leaf.dtype)
+            specs += float_specs(name, rule, leaf.shape, leaf.dtype)
         elif file_format == "float":
-            specs += float_specs(name, attribute, leaf.shape, _expanded_dtype(params))
+            specs += float_specs(name, rule, leaf.shape, _expanded_dtype(params))
         else:
             specs += packed_specs(name, leaf.shape, leaf.bits, leaf.group_size, np.dtype(leaf.scales.dtype))
     return specs

@@ -15,7 +15,7 @@ from safetensors.numpy import save
 from converters.checkpoint import Checkpoint, TensorEntry, read_header
 from converters.encode import float_specs, packed_specs
 from converters.load import load_unit
-from converters.names import leaves, unit_leaves
+from converters.names import leaves, stored_rule, unit_leaves
 from converters.quantization import HEAD, Format, check_format, quantization_config, reader_warnings
 from converters.save import encode_leaf, write_settings
 from converters.shards import JOURNAL, ShardWriter, TensorSpec, parse_size, partial_folder, refuse_existing
@@ -187,7 +187,8 @@ class FolderSink:
             if attribute == "kernel" and settings is not None:
                 specs += packed_specs(name, leaf.shape, settings.bits, settings.group_size)
             else:
-                specs += float_specs(name, attribute, leaf.shape, leaf.dtype)
+                rule = stored_rule(path, attribute, self._params.config.model_type)
+                specs += float_specs(name, rule, leaf.shape, leaf.dtype)
         return specs
 
     def _check_journal(self, overwrite: bool) -> bool:

@@ -121,15 +121,22 @@ def rotary_tables(
 
 
 def rotate(
-    x: Float[jax.Array, "b S H F"], cos: Float[jax.Array, "S rotated"], sin: Float[jax.Array, "S rotated"]
+    x: Float[jax.Array, "b S H F"],
+    cos: Float[jax.Array, "S rotated"],
+    sin: Float[jax.Array, "S rotated"],
+    pairs: str = "halves",
 ) -> Float[jax.Array, "b S H F"]:
-    """Rotates pairs (f, f + F/2) of features by the tables' angles, in the dtype of `x` as the reference models do; of heads that
-    are rotated in part, the first features."""
+    """Rotates pairs of features by the tables' angles, in the dtype of `x` as the reference models do; of heads that are rotated in
+    part, the first features. Pairs are (f, f + F/2) as "halves", or (2f, 2f + 1) as "neighbours"."""
     width = cos.shape[-1]
     if width < x.shape[-1]:
-        return jnp.concatenate([rotate(x[..., :width], cos, sin), x[..., width:]], axis=-1)
+        return jnp.concatenate([rotate(x[..., :width], cos, sin, pairs), x[..., width:]], axis=-1)
     half = width // 2
-    turned = jnp.concatenate([-x[..., half:], x[..., :half]], axis=-1)
+    if pairs == "neighbours":
+        cos, sin = (jnp.repeat(table[:, :half], 2, axis=-1) for table in (cos, sin))
+        turned = jnp.stack([-x[..., 1::2], x[..., ::2]], axis=-1).reshape(x.shape)
+    else:
+        turned = jnp.concatenate([-x[..., half:], x[..., :half]], axis=-1)
     shape = (1, x.shape[1], 1, x.shape[3])
     return x * cos.astype(x.dtype).reshape(shape) + turned * sin.astype(x.dtype).reshape(shape)
 

@@ -3,6 +3,7 @@
 import functools
 import json
 
+import fused_rows
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,8 +11,8 @@ import torch
 import transformers
 from flax import nnx
 
-from converters.names import LEAVES, leaves
-from jgptq.models import Decoder, ModelConfig, checkpoint_name, config_from_hf
+from converters.names import leaves, stored_rule
+from jgptq.models import FAMILIES, Decoder, ModelConfig, checkpoint_name, config_from_hf
 
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
@@ -119,6 +120,7 @@ ROWS: dict[str, tuple[dict, dict | None]] = {
         ),
         {"final_logit_softcapping": None},
     ),
+    **fused_rows.ROWS,
     "qwen3_window": (hf_dict("qwen3", head_dim=16, **SLIDING, max_window_layers=1), {"max_window_layers": 2}),
 }
 
@@ -130,13 +132,19 @@ def torch_config(hf: dict) -> transformers.PretrainedConfig:
 def torch_twin(hf: dict, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     """transformers' model, with every weight, bias and norm far from its neutral value."""
     kind = transformers.AutoModelForCausalLM
-    model = kind.from_config(torch_config(hf), dtype=dtype, attn_implementation="eager").eval()
+    # In its eager attention, transformers 5.24 adds the bias of a Falcon with ALiBi twice.
+    attention = "sdpa" if hf.get("alibi") else "eager"
+    model = kind.from_config(torch_config(hf), dtype=dtype, attn_implementation=attention).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + noise / 2 if "norm" in name else noise / 2 if name.endswith("bias") else noise / 5)
+            parameter.copy_(1 + noise / 2 if is_norm(name) else noise / 2 if name.endswith("bias") else noise / 5)
     return model
+
+
+def is_norm(name: str) -> bool:
+    return "norm" in name or ".ln_" in name
 
 
 def is_buffer(name: str) -> bool:
@@ -144,14 +152,19 @@ def is_buffer(name: str) -> bool:
     return name.endswith("embed_scale")
 
 
+def stored_state(model: torch.nn.Module, row: str) -> dict[str, torch.Tensor]:
+    """The tensors of a torch model that files hold, by the names that they have there."""
+    state = {name: tensor for name, tensor in model.state_dict().items() if not is_buffer(name)}
+    head = state.pop("lm_head.weight")
+    return state if model.config.tie_word_embeddings else state | {f"{FAMILIES[row].head}.weight": head}
+
+
 def with_weights(config: ModelConfig, model: torch.nn.Module) -> Decoder:
     """A decoder with the weights of a torch model: every leaf is set, and every tensor is used."""
     decoder = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
-    state = {name: tensor for name, tensor in model.state_dict().items() if not is_buffer(name)}
-    if model.config.tie_word_embeddings:
-        del state["lm_head.weight"]
+    state = stored_state(model, config.model_type)
     for path, module, attribute in list(leaves(decoder)):
-        rule, leaf = LEAVES[attribute], getattr(module, attribute)
+        rule, leaf = stored_rule(path, attribute, config.model_type), getattr(module, attribute)
         value = state.pop(f"{checkpoint_name(path, config.model_type)}.{rule.suffix}").float().numpy()
         value = value.T if rule.transposed else value
         assert leaf.get_value().shape == value.shape, path

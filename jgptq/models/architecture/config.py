@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from jgptq.models.rotary import RopeConfig
 
-ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
+ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu")
 DTYPES = ("float32", "bfloat16")
 
 
@@ -23,6 +23,8 @@ class AlibiPositions:
     """A linear penalty on distance in the attention's scores (arXiv 2108.12409)."""
 
     max_position_embeddings: int  # positions that the model was made for; more are accepted
+    scaled: bool = False  # the penalty is divided by sqrt(F), as the products of queries and keys are
+    dtype: str = "float32"  # what slopes, positions and their products are rounded to
 
 
 Positions = RopeConfig | LearnedPositions | AlibiPositions
@@ -42,7 +44,9 @@ class ModelConfig:
     head_dim: int  # F
     hidden_act: str = "silu"  # activation of the MLP
     gated_mlp: bool = True  # `down(act(gate(h)) * up(h))`, else `down(act(up(h)))`
-    block_form: str = "pre"  # where norms stand: pre, parallel, post, output or sandwich; see `jgptq.models.block.Block`
+    gate_up_fused: bool = False  # gate and up are one linear, whose output is theirs side by side
+    qkv_layout: str | None = None  # None: q, k, v are three linears; stacked or grouped: one, see `jgptq.models.sublayers.split_qkv`
+    block_form: str = "pre"  # where norms stand; the forms are listed in `jgptq.models.block.Block`
     norm: str = "rms"  # rms or layer
     norm_eps: float = 1e-6  # added to the mean square, or to the variance
     norm_affine: bool = True  # norms have a scale, and a layer norm may have a bias
@@ -50,8 +54,10 @@ class ModelConfig:
     norm_offset: float = 0.0  # what is added to the stored scale of an RMS norm
     final_norm: bool = True  # a norm follows the last block; not where blocks end with one
     positions: Positions = dataclasses.field(default_factory=RopeConfig)  # rotary, learned or ALiBi
+    rotary_pairs: str = "halves"  # which features are rotated together: halves (f, f + F/2) or neighbours (2f, 2f + 1)
     embedding_width: int | None = None  # width of token vectors, projected to D; None: D
     embedding_scaled: bool = False  # token vectors are multiplied by sqrt(D)
+    embedding_norm: bool = False  # token vectors are normed before the first block
     tie_word_embeddings: bool = False  # the output projection is the embedding
     qkv_bias: bool = False  # biases on q, k, v
     o_bias: bool = False  # bias on the attention's output projection

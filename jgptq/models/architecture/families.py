@@ -9,12 +9,21 @@ from typing import Any
 
 from jgptq.errors import ArchitectureError
 from jgptq.models.architecture.row import Family
-from jgptq.models.architecture.rows import gemma, layer_norm, llama
+from jgptq.models.architecture.rows import falcon, fused, fused_gate, gemma, layer_norm, llama
 
-FAMILIES: Mapping[str, Family] = {**llama.ROWS, **gemma.ROWS, **layer_norm.ROWS}
+FAMILIES: Mapping[str, Family] = {
+    **llama.ROWS,
+    **gemma.ROWS,
+    **layer_norm.ROWS,
+    **fused.ROWS,
+    **fused_gate.ROWS,
+    **falcon.ROWS,
+}
 
 SWITCHES: Mapping[str, tuple[Any, ...]] = {
+    "add_cross_attention": (False,),
     "alibi": (False,),
+    "apply_residual_connection_post_layernorm": (False,),
     "attention_multiplier": (1.0,),
     "attn_logit_softcapping": (),
     "clip_qkv": (),
@@ -28,8 +37,11 @@ SWITCHES: Mapping[str, tuple[Any, ...]] = {
     "parallel_attn": (False,),
     "qk_layernorm": (False,),
     "query_pre_attn_scalar": (),
+    "reorder_and_upcast_attn": (False,),
     "residual_multiplier": (1.0,),
     "rotary_pct": (1.0,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "scale_attn_weights": (True,),
     "use_bidirectional_attention": (False,),
     "use_parallel_residual": (False,),
     "use_qkv_bias": (False,),
@@ -39,14 +51,33 @@ row does not read such a key, another value is refused by name."""
 
 
 def family_of(model_type: str) -> Family:
-    """The row of an architecture.
+    """The row of a name in `FAMILIES`.
 
     Raises:
-      ArchitectureError: there is none; the message lists those known.
+      ArchitectureError: there is none; the message lists the architectures known.
     """
     if model_type not in FAMILIES:
-        raise ArchitectureError(f"config.json: architecture {model_type!r} is not known; known are {', '.join(FAMILIES)}")
+        known = ", ".join(dict.fromkeys(family.model_type or name for name, family in FAMILIES.items()))
+        raise ArchitectureError(f"config.json: architecture {model_type!r} is not known; known are {known}")
     return FAMILIES[model_type]
+
+
+def row_of(hf: Mapping[str, Any]) -> str:
+    """The name of the row that describes a `config.json`.
+
+    Raises:
+      ArchitectureError: an unknown architecture, or a form of it that no row describes.
+    """
+    model_type = str(hf.get("model_type"))
+    rows = {name: family for name, family in FAMILIES.items() if (family.model_type or name) == model_type}
+    if not rows:
+        family_of(model_type)
+    for name, family in rows.items():
+        if all(hf.get(key) in values for key, values in family.where.items()):
+            return name
+    keys = dict.fromkeys(key for family in rows.values() for key in family.where)
+    form = ", ".join(f"{key} {hf.get(key)!r}" for key in keys)
+    raise ArchitectureError(f"config.json: not implemented for architecture {model_type!r}: {form} together")
 
 
 def checkpoint_name(path: str, model_type: str) -> str:
@@ -54,7 +85,7 @@ def checkpoint_name(path: str, model_type: str) -> str:
 
     Args:
       path: dotted, such as `layers.0.mlp.up_proj`, `norm` or `lm_head`.
-      model_type: the architecture.
+      model_type: the architecture, a key of `FAMILIES`.
 
     Returns:
       The name, such as `model.layers.0.mlp.up_proj`, or `model.decoder.layers.0.fc1` in an OPT.
@@ -64,8 +95,8 @@ def checkpoint_name(path: str, model_type: str) -> str:
     """
     family = family_of(model_type)
     if path == "lm_head":
-        return path
+        return family.head
     if path.startswith("layers."):
         _, index, within = path.split(".", 2)
-        return f"{family.decoder}.layers.{index}.{family.modules.get(within, within)}"
+        return f"{family.decoder}.{family.blocks}.{index}.{family.modules.get(within, within)}"
     return f"{family.decoder}.{family.modules.get(path, path)}"

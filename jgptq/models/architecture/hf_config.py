@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from jgptq.errors import ArchitectureError, CheckpointError
-from jgptq.models.architecture.config import ACTIVATIONS, DTYPES, LearnedPositions, ModelConfig, Positions
-from jgptq.models.architecture.families import SWITCHES, family_of
-from jgptq.models.architecture.row import REQUIRED, Family, Window
+from jgptq.models.architecture.config import ACTIVATIONS, DTYPES, AlibiPositions, LearnedPositions, ModelConfig, Positions
+from jgptq.models.architecture.families import SWITCHES, family_of, row_of
+from jgptq.models.architecture.row import REQUIRED, Family, Key, Window
 from jgptq.models.rotary import RopeConfig
 
 
@@ -26,18 +26,20 @@ def config_from_hf(hf: Mapping[str, Any], dtype: str = "auto") -> ModelConfig:
         implemented.
       CheckpointError: a key is missing, or contradicts others.
     """
-    model_type = str(hf.get("model_type"))
-    family = family_of(model_type)
-    missing = [key.name for key in family.keys.values() if key.default is REQUIRED and hf.get(key.name) is None]
+    row = row_of(hf)
+    family = family_of(row)
+    given = {switch: key.given(hf) for switch, key in family.keys.items()}
+    missing = [key.name for switch, key in family.keys.items() if key.default is REQUIRED and given[switch] in (None, REQUIRED)]
     if missing:
-        raise CheckpointError(f"config.json: {', '.join(missing)} missing; is this the config of a {model_type} model?")
+        raise CheckpointError(f"config.json: {', '.join(missing)} missing; is this the config of a {hf['model_type']} model?")
     _refuse_switches(hf, family)
-    fields = {switch: key.read(hf.get(key.name, key.default)) for switch, key in family.keys.items()} | dict(family.fixed)
+    fields = {switch: key.read(given[switch]) for switch, key in family.keys.items()} | dict(family.fixed)
     heads, width = fields["num_attention_heads"], fields["hidden_size"]
     fields["num_key_value_heads"] = kv_heads = (
         heads if fields.get("num_key_value_heads") is None else fields["num_key_value_heads"]
     )
     fields["head_dim"] = fields.get("head_dim") or width // heads
+    fields["intermediate_size"] = fields.get("intermediate_size") or 4 * width
     if heads % kv_heads:
         raise CheckpointError(f"config.json: {heads} attention heads cannot share {kv_heads} key-value heads")
     if fields["hidden_act"] not in ACTIVATIONS:
@@ -46,10 +48,10 @@ def config_from_hf(hf: Mapping[str, Any], dtype: str = "auto") -> ModelConfig:
     if fields.get("embedding_width") == width:
         fields["embedding_width"] = None
     return ModelConfig(
-        model_type=model_type,
+        model_type=row,
         **fields,
         positions=_positions(hf, family, fields["head_dim"]),
-        layer_windows=_layer_windows(hf, family.window),
+        layer_windows=_layer_windows(hf, family.window, fields["num_hidden_layers"]),
         dtype=_resolve_dtype(hf, dtype),
     )
 
@@ -62,21 +64,20 @@ def config_to_hf(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
       dtype: dtype of the stored tensors, for `torch_dtype`.
     """
     family = family_of(config.model_type)
-    hf: dict[str, Any] = {"architectures": [family.hf_class], "model_type": config.model_type}
+    hf: dict[str, Any] = {"architectures": [family.hf_class], "model_type": family.model_type or config.model_type}
+    hf |= {key: values[0] for key, values in family.where.items()}
     hf |= {key.name: key.stored(getattr(config, switch)) for switch, key in family.keys.items()}
     if config.embedding_width is None and "embedding_width" in family.keys:
         hf[family.keys["embedding_width"].name] = config.hidden_size
     if family.window is not None:
         hf |= _windows_to_hf(config.layer_windows, family.window)
-    hf["max_position_embeddings"] = config.positions.max_position_embeddings
-    if isinstance(config.positions, RopeConfig):
-        hf |= {"rope_parameters": config.positions.to_hf(), "rope_theta": config.positions.rope_theta}
-    return hf | {"torch_dtype": dtype}
+    return hf | _positions_to_hf(config.positions, family) | {"torch_dtype": dtype}
 
 
 def _refuse_switches(hf: Mapping[str, Any], family: Family) -> None:
     """Raises an error that names every key which asks for a computation that the row does not describe."""
-    read = {key.name for key in family.keys.values()}
+    read = {key.name for key in family.keys.values()} | family.where.keys() | family.rotary_keys.keys()
+    read |= {family.positions.name} if isinstance(family.positions, Key) else set()
     wrong = [
         f"expected {name} {' or '.join(map(repr, values)) or 'null'}, found {hf[name]!r}"
         for name, values in SWITCHES.items()
@@ -88,15 +89,34 @@ def _refuse_switches(hf: Mapping[str, Any], family: Family) -> None:
 
 def _positions(hf: Mapping[str, Any], family: Family, head_dim: int) -> Positions:
     """How positions reach the attention."""
-    if family.positions == "learned":
-        most = hf.get("max_position_embeddings", family.max_positions)
+    kind = family.positions.read(family.positions.given(hf)) if isinstance(family.positions, Key) else family.positions
+    most = hf.get(family.positions_key, family.max_positions)
+    if kind == "learned":
         return LearnedPositions(max_position_embeddings=most, offset=family.position_offset)
-    return RopeConfig.from_hf({"max_position_embeddings": family.max_positions, **hf}, head_dim, family.partial_rotary)
+    if kind == "alibi":
+        return AlibiPositions(max_position_embeddings=most, **family.alibi)
+    renamed = {usual: hf[name] for name, usual in family.rotary_keys.items() if name in hf}
+    for form in ("rope_scaling", "rope_parameters"):
+        if given := hf.get(form):
+            types = {key: family.rope_types.get(given[key], given[key]) for key in ("rope_type", "type") if key in given}
+            renamed[form] = given | types
+    defaults = {"max_position_embeddings": most, **family.rotary_defaults}
+    return RopeConfig.from_hf({**defaults, **hf, **renamed}, head_dim, family.partial_rotary)
 
 
-def _layer_windows(hf: Mapping[str, Any], known: Window | None) -> tuple[int | None, ...]:
+def _positions_to_hf(positions: Positions, family: Family) -> dict[str, Any]:
+    """The keys that `_positions` reads."""
+    hf: dict[str, Any] = {family.positions_key: positions.max_position_embeddings}
+    if isinstance(family.positions, Key):
+        hf[family.positions.name] = family.positions.stored("alibi" if isinstance(positions, AlibiPositions) else "rotary")
+    if isinstance(positions, RopeConfig):
+        hf |= {"rope_parameters": positions.to_hf(), "rope_theta": positions.rope_theta}
+        hf |= {key: value for key in family.rotary_defaults if (value := getattr(positions, key)) is not None}
+    return hf
+
+
+def _layer_windows(hf: Mapping[str, Any], known: Window | None, layers: int) -> tuple[int | None, ...]:
     """The attention window of each block, by the rules of each architecture's own config."""
-    layers = hf["num_hidden_layers"]
     window = None if known is None else hf.get("sliding_window", known.default)
     if known is None or window is None:
         return (None,) * layers
