@@ -64,7 +64,7 @@ def load_hf(source: str | Path, dtype: str = "auto") -> Decoder:
 
 
 def _with_prefix(checkpoint: Checkpoint, model_type: str) -> Checkpoint:
-    """The checkpoint with the names of a causal language model: old files of some families hold those of the decoder alone, such as
+    """The checkpoint by the names of a causal language model: old files of some families have those of the decoder alone, such as
     `h.0.ln_1.weight` for `transformer.h.0.ln_1.weight`."""
     family = FAMILIES[model_type]
     prefix = family.decoder.partition(".")[0] + "."

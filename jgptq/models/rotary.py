@@ -126,8 +126,11 @@ def rotate(
     sin: Float[jax.Array, "S rotated"],
     pairs: str = "halves",
 ) -> Float[jax.Array, "b S H F"]:
-    """Rotates pairs of features by the tables' angles, in the dtype of `x` as the reference models do; of heads that are rotated in
-    part, the first features. Pairs are (f, f + F/2) as "halves", or (2f, 2f + 1) as "neighbours"."""
+    """Rotates pairs of features by the tables' angles, in the dtype of `x` as the reference models do.
+
+    Pairs are (f, f + F/2) as "halves", or (2f, 2f + 1) as "neighbours". Where heads are rotated in part, F is the number of their
+    features that are rotated, which come first.
+    """
     width = cos.shape[-1]
     if width < x.shape[-1]:
         return jnp.concatenate([rotate(x[..., :width], cos, sin, pairs), x[..., width:]], axis=-1)

@@ -16,7 +16,7 @@ from oracles import alibi_attention
 from twins import ROWS, TOKENS, decoder_of, logits, logits_of, opt_dict, twin
 
 import jgptq
-from converters.names import LEAVES, leaves
+from converters.names import leaves, stored_rule
 from jgptq.errors import ArchitectureError, CalibrationError, ConfigError
 from jgptq.models import FAMILIES, RESIDUAL, AlibiPositions, Block, Decoder, Head, Linear, checkpoint_name, config_from_hf
 from jgptq.models.attention import alibi_slopes
@@ -28,30 +28,30 @@ from jgptq.run.batches import embed
 @functools.cache
 def tensor_names(row: str) -> dict[str, str]:
     """Name in the checkpoint -> path in the decoder, of every leaf."""
-    decoder = nnx.eval_shape(lambda: Decoder(config_from_hf(ROWS[row][0]), rngs=nnx.Rngs(0)))
-    model_type = ROWS[row][0]["model_type"]
+    config = config_from_hf(ROWS[row][0])
+    decoder = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
     pairs = [
-        (f"{checkpoint_name(path, model_type)}.{LEAVES[leaf].suffix}", f"{path}.{leaf}") for path, _, leaf in leaves(decoder)
+        (f"{checkpoint_name(path, config.model_type)}.{stored_rule(path, leaf, config.model_type).suffix}", f"{path}.{leaf}")
+        for path, _, leaf in leaves(decoder)
     ]
     assert len(dict(pairs)) == len(pairs) == len(jax.tree.leaves(decoder))
     return dict(pairs)
 
 
 def test_every_family_has_a_row_that_is_compared_with_transformers():
-    assert {hf["model_type"] for hf, _ in ROWS.values()} == set(FAMILIES)
+    assert {config_from_hf(hf).model_type for hf, _ in ROWS.values()} == set(FAMILIES)
 
 
 @pytest.mark.parametrize("row", ROWS)
 def test_the_names_of_all_leaves_are_those_of_transformers(row):
-    state = {name for name in twin(row).state_dict() if not twins.is_buffer(name)}
-    tied = {"lm_head.weight"} if twin(row).config.tie_word_embeddings else set()
-    assert tensor_names(row).keys() == state - tied
+    state = twins.stored_state(twin(row), config_from_hf(ROWS[row][0]).model_type)
+    assert tensor_names(row).keys() == state.keys()
 
 
 @given(st.sampled_from(sorted(FAMILIES)), st.data())
 def test_a_name_and_a_path_lead_to_each_other(family, data):
     """Of any linear or norm, in any block, two paths never have one name, and the number of the block is kept."""
-    rows = [row for row, (hf, _) in ROWS.items() if hf["model_type"] == family]
+    rows = [row for row, (hf, _) in ROWS.items() if config_from_hf(hf).model_type == family]
     names = tensor_names(data.draw(st.sampled_from(rows)))
     paths = sorted({path.rpartition(".")[0] for path in names.values()})
     within = [path.split(".", 2)[2] for path in paths if path.startswith("layers.0.")]
@@ -59,7 +59,7 @@ def test_a_name_and_a_path_lead_to_each_other(family, data):
     name = checkpoint_name(f"layers.{index}.{path}", family)
     back = [other for other in within if checkpoint_name(f"layers.{index}.{other}", family) == name]
     assert back == [path]
-    assert re.search(r"\.layers\.(\d+)\.", name).group(1) == str(index)
+    assert re.search(r"\.(?:layers|h)\.(\d+)\.", name).group(1) == str(index)
 
 
 def test_a_name_in_an_unknown_architecture_is_refused():

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from fused_rows import BLOOM, GPT2
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -15,8 +16,12 @@ from transformers.models.stablelm.modeling_stablelm import StableLmRotaryEmbeddi
 from twins import LONG, ROPE_TYPES, ROWS, SIZES, SLIDING, hf_dict, torch_config, twin
 
 from jgptq.errors import ArchitectureError, CheckpointError
-from jgptq.models import FAMILIES, LearnedPositions, ModelConfig, RopeConfig, config_from_hf, config_to_hf
+from jgptq.models import FAMILIES, AlibiPositions, LearnedPositions, ModelConfig, RopeConfig, config_from_hf, config_to_hf
+from jgptq.models.architecture.config import Positions
+from jgptq.models.architecture.row import REQUIRED, Family, Key
 from jgptq.models.rotary import rotary_tables
+
+MODEL_TYPES = {family.model_type or name for name, family in FAMILIES.items()}
 
 
 def torch_windows(config: transformers.PretrainedConfig) -> tuple[int | None, ...]:
@@ -30,18 +35,27 @@ def torch_windows(config: transformers.PretrainedConfig) -> tuple[int | None, ..
 def test_the_forms_that_transformers_writes_read_like_the_old_one(name):
     config, old = twin(name).config, config_from_hf(ROWS[name][0])
     file = json.loads(config.to_json_string())  # what save_pretrained writes
-    assert not {"rope_scaling", "rope_theta"} & file.keys()
+    assert not {"rope_scaling", "rope_theta", "rotary_pct", "rotary_emb_base"} & file.keys()
     assert config_from_hf(file) == old
     assert config_from_hf(config.to_dict()) == old
     assert torch_windows(config) == old.layer_windows
 
 
+@pytest.mark.parametrize("name", ROWS)
+def test_what_config_to_hf_writes_of_a_row_is_read_back(name):
+    config = config_from_hf(ROWS[name][0])
+    assert config_from_hf(json.loads(json.dumps(config_to_hf(config)))) == config
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_silent_config_gets_the_defaults_of_transformers(family):
-    sizes = {FAMILIES[family].keys[name].name: size for name, size in {**SIZES, "num_attention_heads": 32}.items()}
-    silent = {"model_type": family, **sizes}
+    row = FAMILIES[family]
+    asked = {**SIZES, "hidden_size": 512, "num_attention_heads": 32, "num_key_value_heads": None}
+    sizes = {row.keys[name].name: size for name, size in asked.items() if name in row.keys and row.keys[name].default is REQUIRED}
+    form = {key: values[0] for key, values in row.where.items() if None not in values}
+    silent = {"model_type": row.model_type or family, **sizes, **form}
     yarn, windows = {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, {"use_sliding_window": True, "max_window_layers": 1}
-    yarn = yarn if FAMILIES[family].positions == "rotary" else {}
+    yarn = yarn if row.positions == "rotary" and "yarn" not in row.rope_types else {}
     for hf in (silent, silent | yarn, silent | windows):
         config, ours = torch_config(hf), config_from_hf(hf)
         assert ours == config_from_hf(config.to_dict())
@@ -58,8 +72,8 @@ def test_rope_scaling_wins_over_rope_parameters_as_in_transformers():
 @pytest.mark.parametrize(
     ("changes", "error", "words"),
     [
-        ({"model_type": "gpt2"}, ArchitectureError, ["'gpt2'", *FAMILIES]),
-        ({"model_type": None}, ArchitectureError, ["None", *FAMILIES]),
+        ({"model_type": "mamba"}, ArchitectureError, ["'mamba'", *MODEL_TYPES]),
+        ({"model_type": None}, ArchitectureError, ["None", *MODEL_TYPES]),
         ({"rope_scaling": {"type": "su"}}, ArchitectureError, ["'su'", *ROPE_TYPES]),
         ({"partial_rotary_factor": 0.5}, ArchitectureError, ["partial_rotary_factor"]),
         ({"rope_scaling": {"type": "linear"}}, CheckpointError, ["'linear'", "factor"]),
@@ -78,6 +92,29 @@ def test_rope_scaling_wins_over_rope_parameters_as_in_transformers():
         ({"model_type": "stablelm", "qk_layernorm": True}, ArchitectureError, ["qk_layernorm", "'stablelm'"]),
         ({"model_type": "gemma", "use_bidirectional_attention": True}, ArchitectureError, ["use_bidirectional_attention"]),
         ({"model_type": "opt"}, CheckpointError, ["ffn_dim missing"]),
+        ({"model_type": "gpt2", "hidden_size": None}, CheckpointError, ["n_embd missing; is this the config of a gpt2 model"]),
+        (
+            {"model_type": "gpt2", **GPT2, "scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True},
+            ArchitectureError,
+            ["scale_attn_by_inverse_layer_idx False, found True", "reorder_and_upcast_attn False, found True"],
+        ),
+        (
+            {"model_type": "gpt2", **GPT2, "scale_attn_weights": False},
+            ArchitectureError,
+            ["scale_attn_weights True, found False"],
+        ),
+        ({"model_type": "gpt2", **GPT2, "add_cross_attention": True}, ArchitectureError, ["add_cross_attention False"]),
+        (
+            {**BLOOM, "apply_residual_connection_post_layernorm": True},
+            ArchitectureError,
+            ["apply_residual_connection_post_layernorm False, found True", "'bloom'"],
+        ),
+        (
+            {"model_type": "falcon", "new_decoder_architecture": True, "parallel_attn": False},
+            ArchitectureError,
+            ["'falcon'", "new_decoder_architecture True", "parallel_attn False", "num_ln_in_parallel_attn None"],
+        ),
+        ({"model_type": "falcon", "num_ln_in_parallel_attn": 2}, ArchitectureError, ["num_ln_in_parallel_attn 2"]),
         ({"model_type": "opt", "ffn_dim": 96, "activation_function": "mish"}, ArchitectureError, ["activation_function 'mish'"]),
         ({"model_type": "qwen2", **SLIDING, "layer_types": ["full_attention"]}, ArchitectureError, ["layer_types", "2"]),
         ({"model_type": "qwen3", **SLIDING, "layer_types": ["linear_attention"] * 2}, ArchitectureError, ["linear_attention"]),
@@ -129,7 +166,7 @@ SWITCHES = {
     "query_pre_attn_scalar": st.sampled_from([16, 144]),
     "attn_logit_softcapping": st.sampled_from([None, 50.0]),
     "final_logit_softcapping": st.sampled_from([None, 30.0]),
-    "embedding_width": st.sampled_from([None, 48]),
+    "embedding_width": st.sampled_from([None, 40]),
 }
 
 
@@ -140,6 +177,8 @@ def configs(draw) -> ModelConfig:
     family = FAMILIES[name]
     heads, kv, blocks = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([1, 2])), draw(st.integers(1, 4))
     sizes = SIZES | {"hidden_size": 16 * heads * kv, "num_hidden_layers": blocks, "num_attention_heads": heads * kv}
+    if "intermediate_size" not in family.keys:
+        sizes["intermediate_size"] = 4 * sizes["hidden_size"]
     head_dim = draw(st.sampled_from([8, 32])) if "head_dim" in family.keys else 16
     window = st.sampled_from([None, 7])
     windows = st.just([None] * blocks)
@@ -152,17 +191,29 @@ def configs(draw) -> ModelConfig:
     switches |= {switch: by_key[family.keys[switch].name] for switch in biases}
     if "block_form" in family.keys:
         switches["block_form"] = draw(st.sampled_from(list(family.keys["block_form"].values.values())))
-    positions = ropes(head_dim) if family.partial_rotary is None else partial_ropes()
-    if family.positions == "learned":
-        positions = st.builds(LearnedPositions, max_position_embeddings=st.sampled_from([8, 512]), offset=st.just(2))
+    switches |= {
+        "head_dim": head_dim,
+        "num_key_value_heads": kv if "num_key_value_heads" in family.keys else heads * kv,
+        "hidden_act": draw(st.sampled_from(["relu", "gelu_pytorch_tanh"])),
+    }
     return ModelConfig(
-        **{"model_type": name, **sizes, **family.fixed, **switches, "head_dim": head_dim},
-        num_key_value_heads=kv if "num_key_value_heads" in family.keys else heads * kv,
-        hidden_act=draw(st.sampled_from(["relu", "gelu_pytorch_tanh"])),
+        **{"model_type": name, **sizes, **switches, **family.fixed},
         dtype=draw(st.sampled_from(["float32", "bfloat16"])),
-        positions=draw(positions),
+        positions=draw(positions_of(family, head_dim)),
         layer_windows=tuple(draw(windows)),
     )
+
+
+def positions_of(family: Family, head_dim: int) -> st.SearchStrategy[Positions]:
+    """Any positions that models of a family can have."""
+    most = st.sampled_from([8, 512])
+    rotary = ropes(head_dim) if family.partial_rotary is None else partial_ropes()
+    alibi = st.builds(
+        AlibiPositions, max_position_embeddings=most, **{key: st.just(value) for key, value in family.alibi.items()}
+    )
+    learned = st.builds(LearnedPositions, max_position_embeddings=most, offset=st.just(family.position_offset))
+    kinds = {"rotary": rotary, "alibi": alibi, "learned": learned}
+    return rotary | alibi if isinstance(family.positions, Key) else kinds[family.positions]
 
 
 def partial_ropes() -> st.SearchStrategy[RopeConfig]:
@@ -182,10 +233,10 @@ def test_what_config_to_hf_writes_we_and_transformers_read_back(config, length):
     assert config_from_hf(file) == config
     theirs = torch_config(file)
     assert torch_windows(theirs) == config.layer_windows
-    assert theirs.architectures == [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
+    assert theirs.architectures == [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[theirs.model_type]]
     if not isinstance(config.positions, RopeConfig):
         return
-    rotary = StableLmRotaryEmbedding if config.model_type == "stablelm" else LlamaRotaryEmbedding
+    rotary = LlamaRotaryEmbedding if FAMILIES[config.model_type].partial_rotary is None else StableLmRotaryEmbedding
     expected = rotary(theirs)(torch.zeros(1), torch.arange(length)[None])
     for ours, reference in zip(rotary_tables(config.positions, config.head_dim, length), expected, strict=True):
         np.testing.assert_allclose(ours, reference[0], rtol=0, atol=5e-5)

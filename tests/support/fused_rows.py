@@ -39,10 +39,11 @@ ROWS: dict[str, tuple[dict, dict | None]] = {
     "falcon_one_after_the_other": (FALCON | {"parallel_attn": False, "bias": True}, None),
     "falcon_rw": (
         FALCON
-        | {"hidden_size": 96, "num_attention_heads": 12, "alibi": True, "multi_query": False, "parallel_attn": False, "bias": True},
+        | {"hidden_size": 96, "num_attention_heads": 12, "alibi": True}
+        | {"multi_query": False, "parallel_attn": False, "bias": True},
         {"alibi": False},
     ),
-    "falcon_multi_head_parallel": (FALCON | {"multi_query": False, "tie_word_embeddings": False}, {"parallel_attn": False}),
+    "falcon_multi_head_parallel": (FALCON | {"multi_query": False, "tie_word_embeddings": False}, {"activation": "relu"}),
     "falcon_grouped": (GROUPED | {"ffn_hidden_size": 96}, {"rope_scaling": {"type": "linear", "factor": 4.0}}),
     "falcon_grouped_alibi": (GROUPED | {"alibi": True, "num_kv_heads": None, "bias": True}, {"alibi": False}),
     "falcon_grouped_one_norm": (GROUPED | {"num_ln_in_parallel_attn": 1}, None),

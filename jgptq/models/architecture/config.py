@@ -45,7 +45,7 @@ class ModelConfig:
     hidden_act: str = "silu"  # activation of the MLP
     gated_mlp: bool = True  # `down(act(gate(h)) * up(h))`, else `down(act(up(h)))`
     gate_up_fused: bool = False  # gate and up are one linear, whose output is theirs side by side
-    qkv_layout: str | None = None  # None: q, k, v are three linears; stacked or grouped: one, see `jgptq.models.sublayers.split_qkv`
+    qkv_layout: str | None = None  # None: three linears; stacked or grouped: one, see `jgptq.models.sublayers.split_qkv`
     block_form: str = "pre"  # where norms stand; the forms are listed in `jgptq.models.block.Block`
     norm: str = "rms"  # rms or layer
     norm_eps: float = 1e-6  # added to the mean square, or to the variance

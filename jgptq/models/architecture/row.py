@@ -60,7 +60,7 @@ class Family:
     max_positions: int = 2048  # its value where the file is silent
     position_offset: int = 0  # of learned positions: the row of the table that belongs to position 0
     partial_rotary: float | None = None  # part of a head that is rotated, where the file is silent; None: all of it, always
-    rotary_keys: Mapping[str, str] = dataclasses.field(default_factory=dict)  # the file's name of a rotary setting -> the usual one
+    rotary_keys: Mapping[str, str] = dataclasses.field(default_factory=dict)  # its name of a rotary setting -> the usual one
     rotary_defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # settings of a file that is silent on them
     rope_types: Mapping[str, str] = dataclasses.field(default_factory=dict)  # older names of scalings -> those of today
     alibi: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # fields of `AlibiPositions` that the family shares

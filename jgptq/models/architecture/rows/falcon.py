@@ -12,7 +12,10 @@ _KV_HEADS = Key("num_kv_heads", None)
 
 
 def _falcon(
-    where: Mapping[str, tuple[Any, ...]], keys: Mapping[str, Key], fixed: Mapping[str, Any], norms: Mapping[str, str] = LLAMA_NORMS
+    where: Mapping[str, tuple[Any, ...]],
+    keys: Mapping[str, Key],
+    fixed: Mapping[str, Any],
+    norms: Mapping[str, str] = LLAMA_NORMS,
 ) -> Family:
     """A form: the keys that say so, those that only it reads, and its switches and norms."""
     return Family(
