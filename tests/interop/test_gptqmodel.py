@@ -34,7 +34,7 @@ def packed_kernels(decoder: Decoder) -> dict[str, PackedTensor]:
         for path, linear in block.linears().items()
     }
     if decoder.lm_head is not None:
-        kernels["lm_head"] = decoder.lm_head.kernel.get_value()
+        kernels[checkpoint_name("lm_head", decoder.config.model_type)] = decoder.lm_head.kernel.get_value()
     return {name: kernel for name, kernel in kernels.items() if isinstance(kernel, PackedTensor)}
 
 
@@ -106,6 +106,25 @@ def test_gptqmodel_reads_an_opt(tmp_path: Path, changes: dict, settings: dict):
     assert "model.decoder.layers.0.self_attn.out_proj" in names
     assert ("model.decoder.layers.1.fc1" in names) == ("rules" not in settings)
     check(save_hf(quantized, tmp_path / "out"), tiny.tokens(2), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "linear"),
+    [
+        (tiny.GPT2, "transformer.h.1.attn.c_attn"),
+        (tiny.NEOX | {"tie_word_embeddings": True}, "gpt_neox.layers.1.attention.query_key_value"),
+        (tiny.PHI3, "model.layers.1.mlp.gate_up_proj"),
+    ],
+    ids=["gpt2", "gpt-neox-tied", "phi3"],
+)
+def test_gptqmodel_reads_linears_that_files_hold_fused(tmp_path: Path, changes: dict, linear: str):
+    quantized, _ = jgptq.quantize(tiny.decoder(**changes), tiny.tokens(), preset="fast", group_size=32)
+    assert linear in packed_kernels(quantized)
+    out = save_hf(quantized, tmp_path / "out")
+    config = json.loads((out / "config.json").read_text())
+    # transformers' default, 32000 in a Phi-3, has to lie within the vocabulary.
+    (out / "config.json").write_text(json.dumps(config | {"pad_token_id": 0}))
+    check(out, tiny.tokens(2), tmp_path)
 
 
 def test_gptqmodel_reads_the_embedded_model(tmp_path: Path):

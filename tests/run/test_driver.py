@@ -37,6 +37,9 @@ FORMS = {
     "parallel": {"block_form": "parallel"},
     "output": {"block_form": "output", "qk_norm": "width"},
     "gemma2": tiny.GEMMA2,
+    "gpt2": tiny.GPT2,
+    "gpt-neox": tiny.NEOX,
+    "phi3": tiny.PHI3,
 }
 
 

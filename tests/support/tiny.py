@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from converters import save_hf
-from jgptq.models import Decoder, LearnedPositions, ModelConfig
+from jgptq.models import FAMILIES, AlibiPositions, Decoder, LearnedPositions, ModelConfig, RopeConfig
 
 VOCAB, SEQ_LEN = 96, 16
 
@@ -44,6 +44,44 @@ GEMMA2 = {
     "layer_windows": (8, None),
 }
 """What makes a Gemma 2 of a tiny decoder: four norms a block, bounded scores and logits, a window in every other block."""
+
+
+def _of(model_type: str, **changes: Any) -> dict[str, Any]:
+    return {"model_type": model_type, **FAMILIES[model_type].fixed, **changes}
+
+
+GPT2 = _of(
+    "gpt2",
+    num_key_value_heads=4,
+    hidden_act="gelu_new",
+    positions=LearnedPositions(max_position_embeddings=32),
+    tie_word_embeddings=True,
+)
+"""What makes a GPT-2 of a tiny decoder: one linear for queries, keys and values, and kernels that files do not transpose."""
+NEOX = _of(
+    "gpt_neox",
+    num_key_value_heads=4,
+    hidden_act="gelu",
+    block_form="parallel_two_norms",
+    positions=RopeConfig(partial_rotary_factor=0.25),
+    qkv_bias=True,
+    o_bias=True,
+)
+"""A GPT-NeoX: two norms of the same stream, and an output projection of its own name."""
+BLOOM = _of(
+    "bloom",
+    num_key_value_heads=4,
+    intermediate_size=256,
+    positions=AlibiPositions(max_position_embeddings=2048),
+    tie_word_embeddings=True,
+)
+"""A BLOOM: ALiBi, and a norm of the token vectors."""
+FALCON = _of("falcon_grouped", hidden_act="gelu", tie_word_embeddings=True)
+"""A Falcon whose heads share keys and values in groups."""
+PHI3 = _of("phi3")
+"""A Phi-3: one linear for queries, keys and values, and one for gate and up."""
+GLM4 = _of("glm4", qkv_bias=True, positions=RopeConfig(partial_rotary_factor=0.5))
+"""A GLM-4: one linear for gate and up, rotated neighbours, four norms a block."""
 
 
 def config(**changes: Any) -> ModelConfig:
