@@ -177,6 +177,19 @@ def reader_warnings(config: QuantizeConfig, file_format: str) -> list[str]:
     return list(dict.fromkeys(sentences))
 
 
+def model_warnings(model: ModelConfig) -> list[str]:
+    """Sentences on who does not load quantized files of an architecture as transformers names their tensors."""
+    sentences = []
+    if model.gate_up_fused:
+        sentences.append(
+            "GPTQModel 7.6 refuses a fused gate_up_proj, which is transformers' name; it asks for gate_proj and up_proj"
+        )
+    head = checkpoint_name(HEAD, model.model_type)
+    if head != HEAD and not model.tie_word_embeddings:
+        sentences.append(f"GPTQModel 7.6 with transformers 5 does not read {head}, and gives logits of zero without an error")
+    return sentences
+
+
 def _refusals(config: SolverConfig) -> list[str]:
     """Sentences on who refuses linears of these settings."""
     sentences = []

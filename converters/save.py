@@ -14,7 +14,7 @@ import numpy as np
 
 from converters.encode import encode_float, encode_packed, float_specs, packed_specs
 from converters.names import leaves, stored_rule
-from converters.quantization import Format, check_format, quantization_config, reader_warnings
+from converters.quantization import Format, check_format, model_warnings, quantization_config, reader_warnings
 from converters.shards import JOURNAL, ShardWriter, TensorSpec, partial_folder, refuse_existing
 from jgptq.errors import ConfigError, OutputError
 from jgptq.models import Decoder, checkpoint_name, config_to_hf
@@ -69,7 +69,8 @@ def save_hf(
         raise ConfigError("the decoder holds no packed kernels; quantize it first, or write it with format='float'")
     if params.quantization is not None:
         check_format(format, params.quantization)
-        for warning in reader_warnings(params.quantization, format):
+        of_model = [] if format == "float" else model_warnings(params.config)
+        for warning in reader_warnings(params.quantization, format) + of_model:
             warnings.warn(warning, UserWarning, stacklevel=2)
     writer = ShardWriter(out, _specs(params, format), max_shard_size=max_shard_size)
     for path, module, attribute in leaves(params):

@@ -16,7 +16,7 @@ from converters.checkpoint import Checkpoint, TensorEntry, read_header
 from converters.encode import float_specs, packed_specs
 from converters.load import load_unit
 from converters.names import leaves, stored_rule, unit_leaves
-from converters.quantization import HEAD, Format, check_format, quantization_config, reader_warnings
+from converters.quantization import HEAD, Format, check_format, model_warnings, quantization_config, reader_warnings
 from converters.save import encode_leaf, write_settings
 from converters.shards import JOURNAL, ShardWriter, TensorSpec, parse_size, partial_folder, refuse_existing
 from jgptq.errors import ConfigError, OutputError
@@ -66,7 +66,7 @@ class FolderSink:
         check_format(file_format, config)
         if file_format == "float":
             raise ConfigError("a quantized run is written as 'gptq' or 'gptq_v2'; use save_hf for a float folder")
-        for warning in reader_warnings(config, file_format):
+        for warning in reader_warnings(config, file_format) + model_warnings(params.config):
             warnings.warn(warning, UserWarning, stacklevel=2)
         self._params, self._config, self._format = params, config, file_format
         self._max_shard_size = parse_size(max_shard_size)

@@ -1,18 +1,23 @@
 """Folders of families whose files hold fused or transposed linears: what transformers writes is read, and written again."""
 
+import json
 from pathlib import Path
 
 import fused_rows
 import numpy as np
 import pytest
 import safetensors.numpy
+import tiny
 from twins import decoder_of, logits, logits_of, twin
 
 import jgptq
 from converters import load_hf, save_hf
 from converters.checkpoint import SINGLE
+from converters.quantization import model_warnings
+from converters.sink import FolderSink
 from jgptq.errors import CheckpointError
 
+pytestmark = pytest.mark.filterwarnings("ignore:GPTQModel 7.6")
 FAMILIES = ["gpt2", "gpt_bigcode", "gpt_neox", "bloom", "falcon_rw", "falcon_grouped", "phi3", "glm4"]
 
 
@@ -63,6 +68,45 @@ def test_a_fused_linear_is_one_packed_linear_in_the_file(tmp_path: Path, row: st
     assert tensors[f"{name}.qweight"].shape == (k * 4 // 32, n)
     assert tensors[f"{name}.scales"].shape == (k // 32, n)
     assert f"{name}.weight" not in tensors
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ("phi3", "GPTQModel 7.6 refuses a fused gate_up_proj"),
+        ("glm", "GPTQModel 7.6 refuses a fused gate_up_proj"),
+        ("gpt_neox", "GPTQModel 7.6 with transformers 5 does not read embed_out"),
+        ("gpt_neox_one_after_the_other", None),
+        ("gpt2", None),
+    ],
+)
+def test_what_gptqmodel_does_not_load_is_warned_of(row: str, words: str | None):
+    sentences = model_warnings(decoder_of(row).config)
+    assert (words is None and not sentences) or (len(sentences) == 1 and sentences[0].startswith(words))
+
+
+def test_a_quantized_output_projection_has_the_name_of_the_family(tmp_path: Path):
+    rules = {"+:embed_out": {"bits": 8}}
+    quantized, _ = jgptq.quantize(tiny.decoder(**tiny.NEOX), method="rtn", group_size=32, lm_head=True, rules=rules)
+    with pytest.warns(UserWarning, match="transformers reads no rules"):
+        out = save_hf(quantized, tmp_path / "out")
+    assert tensors_of(out)["embed_out.qweight"].shape == (64 * 8 // 32, 96)
+    written = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert written["lm_head"] is True
+    assert written["dynamic"] == {"+:^embed_out$": {"bits": 8}}
+    tiny.assert_same(quantized, load_hf(out))
+
+
+def test_a_run_that_is_written_block_by_block_has_the_names_and_layouts_of_the_family(tmp_path: Path):
+    written_by_transformers("gpt2", tmp_path / "in")
+    params, config = load_hf(tmp_path / "in"), jgptq.QuantizeConfig(method="rtn", group_size=32)
+    sink = FolderSink(tmp_path / "out", params, config, None)
+    quantized, report = jgptq.quantize(params, config=config, sink=sink)
+    sink.finish(quantized, report)
+    whole = tensors_of(save_hf(quantized, tmp_path / "whole"))
+    streamed = tensors_of(tmp_path / "out")
+    assert streamed.keys() == whole.keys()
+    assert all(np.array_equal(streamed[name], whole[name]) for name in whole)
 
 
 @pytest.mark.parametrize("row", ["gpt2", "gpt2_inner_untied", "bloom", "bloom_six_heads"])

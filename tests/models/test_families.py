@@ -1,5 +1,6 @@
 """What the rows of the table and the stages of a block say, against the computation itself."""
 
+import dataclasses
 import functools
 import re
 
@@ -22,6 +23,7 @@ from jgptq.models import FAMILIES, RESIDUAL, AlibiPositions, Block, Decoder, Hea
 from jgptq.models.attention import alibi_slopes
 from jgptq.models.layers import LayerNorm, RMSNorm
 from jgptq.models.memory import copy_module
+from jgptq.models.sublayers import split_qkv
 from jgptq.run.batches import embed
 
 
@@ -82,7 +84,21 @@ def rescaled(unit: Block | Head, stage, scale: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize(
-    "row", ["llama", "llama_gqa", "opt", "opt_untied", "stablelm_parallel", "gemma", "gemma2", "olmo2", "qwen3"]
+    "row",
+    [
+        "llama",
+        "llama_gqa",
+        "opt",
+        "opt_untied",
+        "stablelm_parallel",
+        "gemma",
+        "gemma2",
+        "olmo2",
+        "qwen3",
+        "gpt2",
+        "gpt_neox",
+        "glm4",
+    ],
 )
 def test_a_scale_of_a_stages_inputs_that_its_absorber_takes_leaves_the_logits(row):
     decoder, random = copy_module(decoder_of(row)), np.random.default_rng(0)
@@ -109,6 +125,11 @@ def test_a_scale_of_a_stages_inputs_that_its_absorber_takes_leaves_the_logits(ro
         ("stablelm_parallel", ["attn_norm", None, "mlp.up_proj"]),
         ("olmo2", [None, None, None, "mlp.up_proj"]),
         ("gemma2", ["attn_norm", None, "mlp_norm", "mlp.up_proj"]),
+        ("gpt2", ["attn_norm", None, "mlp_norm", None]),
+        ("phi3", ["attn_norm", None, "mlp_norm", None]),
+        ("glm4_every_head_its_own", ["attn_norm", "self_attn.v_proj", "mlp_norm", None]),
+        ("gpt_neox", ["attn_norm", "mlp_norm", None, None]),
+        ("falcon", ["attn_norm", None, None]),
     ],
 )
 def test_stages_say_what_can_absorb_a_scale(row, expected):
@@ -123,7 +144,14 @@ def test_an_activation_that_is_not_homogeneous_cannot_pass_a_scale_on():
 
 @pytest.mark.parametrize(
     ("row", "added"),
-    [("llama", [1, 3]), ("opt_post_norm_projected", [1, 3]), ("stablelm_parallel", [1, 2]), ("olmo2", []), ("gemma2", [])],
+    [
+        ("llama", [1, 3]),
+        ("opt_post_norm_projected", [1, 3]),
+        ("stablelm_parallel", [1, 2]),
+        ("olmo2", []),
+        ("gemma2", []),
+        ("gpt_neox", [2, 3]),
+    ],
 )
 def test_a_stage_that_adds_changes_the_stream_by_its_output_and_no_other_does(row, added):
     """`adds` is what the shift of targets builds on: before a norm of the stream, the output is added as it is."""
@@ -142,7 +170,7 @@ def test_a_stage_that_adds_changes_the_stream_by_its_output_and_no_other_does(ro
     assert adding == added == [number for number, stage in enumerate(block.stages()) if stage.adds]
 
 
-@pytest.mark.parametrize("row", ["llama", "opt_post_norm_projected", "stablelm_parallel", "gemma2", "olmo2", "qwen3"])
+@pytest.mark.parametrize("row", ["llama", "opt_post_norm_projected", "stablelm_parallel", "gemma2", "olmo2", "qwen3", "gpt_neox"])
 def test_stages_name_every_norm_of_a_block_but_those_of_queries_and_keys(row):
     """By these names norms are tuned, and written again after that."""
     block = decoder_of(row).layers[0]
@@ -160,6 +188,38 @@ def test_linears_that_share_a_hessian_and_those_that_readers_fuse_are_two_facts(
     ]
     opening = decoder_of("opt").layers[0].stages()[2]
     assert (opening.linears, opening.fusions) == (("mlp.up_proj",), ())
+
+
+def test_a_parallel_block_opens_its_mlp_before_attention_adds_to_the_stream():
+    """Both sublayers read the stream that the block began with, each through a norm of its own."""
+    block = decoder_of("gpt_neox").layers[0]
+    start = decoder_of("gpt_neox").embed(jnp.asarray(TOKENS))
+    carry, read = {RESIDUAL: start}, {}
+    for stage in block.stages():
+        read |= {stage.linears: block.inputs(stage, carry)}
+        carry = block.run(stage, carry)
+    np.testing.assert_array_equal(read["self_attn.qkv_proj",], block.attn_norm(start))
+    np.testing.assert_array_equal(read["mlp.up_proj",], block.mlp_norm(start))
+    assert carry.keys() == {RESIDUAL}
+
+
+@pytest.mark.parametrize("row", ["gpt2", "gpt_bigcode", "bloom", "falcon_grouped", "phi3"])
+def test_the_layout_of_a_fused_linear_says_which_features_are_whose(row):
+    """Three linears made of the columns of the one give the same logits."""
+    fused = decoder_of(row)
+    config = dataclasses.replace(fused.config, qkv_layout=None)
+    parted = copy_module(fused)
+    for index, block in enumerate(fused.layers):
+        attention, one = Block(config, None, rngs=nnx.Rngs(0)).self_attn, block.self_attn.qkv_proj
+        for part in ("kernel", "bias"):
+            if getattr(one, part) is not None:
+                columns = split_qkv(getattr(one, part).get_value().reshape(1, -1, one.kernel.get_value().shape[1]), fused.config)
+                for name, column in zip(("q_proj", "k_proj", "v_proj"), columns, strict=True):
+                    getattr(getattr(attention, name), part).set_value(column[0] if part == "kernel" else column[0, 0])
+        attention.o_proj = block.self_attn.o_proj
+        parted.layers[index].config, parted.layers[index].self_attn = config, attention
+    assert len(parted.layers[0].stages()[0].linears) == 3
+    np.testing.assert_allclose(logits(parted), logits_of(row), rtol=0, atol=1e-4)
 
 
 def test_rules_that_part_linears_of_a_stage_are_refused_with_the_reason_that_holds():
