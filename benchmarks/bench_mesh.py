@@ -5,10 +5,11 @@
 
 `memory`: the down projection of a 405B Llama (K = 53248, N = 16384; its Hessian is 11.3 GB, the drift of its inputs as large)
 for eight H200s of one host, by the default preset, which follows the float model: the sums over a batch of 8 x 4096 tokens in
-bfloat16, the factorization, the solve, and all of them as one program. Bytes are of one device, as XLA's buffer assignment has
-them after compiling for the topology; no GPU runs, and none is needed. The two packages hold the compiler alone (`--no-deps`: no
-CUDA library comes along), in a folder of their own so that other programs do not look for a GPU. Workspaces that cuSOLVER takes
-when it runs are not in these figures; for a panel of 128 rows they are below a megabyte.
+bfloat16, the factorization (alone, and of the sums as the driver calls it), the solve, and all of them as one program. Bytes are
+of one device, as XLA's buffer assignment has them after compiling for the topology; no GPU runs, and none is needed. The two
+packages hold the compiler alone (`--no-deps`: no CUDA library comes along), in a folder of their own so that other programs do
+not look for a GPU. Workspaces that cuSOLVER takes when it runs are not in these figures; for a panel of 128 rows they are below a
+megabyte.
 
 `codes`: the codes of eight forced CPU devices against those of one, for every preset, method and order: how many differ, of all.
 """
@@ -36,6 +37,7 @@ from aot import topology
 from common import circumstances, write_result
 from jax.sharding import Mesh, NamedSharding
 
+from jgptq.run.tiles import prepare_program
 from jgptq.settings.presets import make_config
 from jgptq.settings.run import QuantizeConfig
 from jgptq.solver import ONE_DEVICE, Means, Placement, Prepared, Solution, judge_columns, prepare
@@ -117,6 +119,7 @@ def compiled_for(mesh: Mesh) -> dict[str, Any]:
     accumulate = jax.jit(placement.accumulate, donate_argnums=0)
     lowered = {
         "accumulate": lambda: accumulate.lower(of.total, *of.batch),
+        "prepare": lambda: prepare_program(placement).lower(of.total.without_residual(), config.solver, placement),
         "factor": lambda: jax.jit(lambda h, drift: factored(h, drift, config, placement)).lower(of.h_kk, of.h_kk),
         "solve": lambda: jax.jit(judge_columns, static_argnums=2).lower(of.w_kn, of.prepared, config, of.w_kn),
         "all_in_one": lambda: jax.jit(step, static_argnums=(3, 4), donate_argnums=0).lower(

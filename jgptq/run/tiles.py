@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -85,7 +85,7 @@ def prepare_stage(total: StageSums, config: SolverConfig, placement: Placement =
     """The Hessian of the sums, prepared for all columns that read what was summed.
 
     Args:
-      total: from `placement.empty_sums` and `placement.accumulate`.
+      total: from `placement.empty_sums` and `placement.accumulate`; gone afterwards where the placement reuses sums.
       config: the solver's settings, or a run's.
       placement: where the sums lie, and where the columns are solved.
 
@@ -94,13 +94,22 @@ def prepare_stage(total: StageSums, config: SolverConfig, placement: Placement =
     """
     with _precision(config):
         residual_kd = _mean_residual(total, placement) if method_of(config).statistics.residual else None
-        return PreparedStage(_prepare(total.without_residual(), config.solver, placement), residual_kd)
+        return PreparedStage(prepare_program(placement)(total.without_residual(), config.solver, placement), residual_kd)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "placement"))
-def _prepare(total: StageSums, config: SolverConfig, placement: Placement) -> Prepared:
+def prepare_program(placement: Placement) -> Any:
+    """The jitted function of sums, settings and placement that gives a `Prepared`; it takes the memory of the sums where the
+    placement reuses them."""
+    return _prepare_over_sums if placement.reuses_sums else _prepare
+
+
+def _prepared(total: StageSums, config: SolverConfig, placement: Placement) -> Prepared:
     means = placement.means(total)
     return prepare(means.h_kk, config, means.drift_kk, placement=placement)
+
+
+_prepare = jax.jit(_prepared, static_argnames=("config", "placement"))
+_prepare_over_sums = jax.jit(_prepared, static_argnames=("config", "placement"), donate_argnames="total")
 
 
 @functools.partial(jax.jit, static_argnames="placement")
@@ -165,11 +174,11 @@ def stage_programs(
     sums = total.without_residual()
 
     def prepared() -> Prepared:
-        return jax.eval_shape(functools.partial(_prepare, config=config.solver, placement=placement), sums)
+        return jax.eval_shape(functools.partial(_prepared, config=config.solver, placement=placement), sums)
 
     def compile_prepare() -> object:
         with _precision(config):
-            return _prepare.lower(sums, config.solver, placement).compile()
+            return prepare_program(placement).lower(sums, config.solver, placement).compile()
 
     def compile_solve() -> object:
         with _precision(config):

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -143,6 +143,8 @@ class WholeTriangular:
 @dataclasses.dataclass(frozen=True)
 class OneDevice:
     """`jgptq.solver.placement.Placement` on one device: matrices are arrays `[K, K]`."""
+
+    reuses_sums: ClassVar[bool] = False
 
     def empty_sums(self, k: int, width: int | None, *, drift: bool, inputs: bool = True) -> StageSums:
         """The sums over no tokens."""

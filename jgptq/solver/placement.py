@@ -112,6 +112,11 @@ class Triangular(RowReader, Protocol):
 class Placement(Protocol):
     """Where matrices over K lie. Hashable: programs are compiled for a placement."""
 
+    @property
+    def reuses_sums(self) -> bool:
+        """Whether means are written over the sums, so that a program that takes sums should be given their memory."""
+        ...
+
     def empty_sums(self, k: int, width: int | None, *, drift: bool, inputs: bool = True) -> StageSums:
         """The sums over no tokens, of what a linear with K in-features reads.
 

@@ -22,7 +22,7 @@ from jgptq.solver.mesh import OnMesh, make_mesh, slabs
 
 CASES = {on_mesh.name_of(mesh, case): (mesh, case) for mesh, cases in on_mesh.CASES.items() for case in cases}
 FACTORED = [name for name, (_, case) in CASES.items() if case.get("method") != "rtn"]
-PROGRAMS = ["accumulate", "accumulate drift", "factor", *on_mesh.PROGRAMS]
+PROGRAMS = ["accumulate", "accumulate drift", "prepare", "factor", *on_mesh.PROGRAMS]
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +155,7 @@ def test_rows_that_fill_no_whole_number_of_tiles_are_each_updated_once(arrays_on
 
 
 # In slabs, of which eight are the matrix: those that are read, that which is written, chunks of rows on their way, some panels.
-MOST_SLABS = {"accumulate": 4.5, "accumulate drift": 4.5, "factor": 4.5, "solve gptaq": 8.0}
+MOST_SLABS = {"accumulate": 4.5, "accumulate drift": 4.5, "prepare": 5.5, "factor": 4.5, "solve gptaq": 8.0}
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

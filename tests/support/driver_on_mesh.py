@@ -12,8 +12,9 @@ from jgptq.models.packed import unpack
 from jgptq.solver import ONE_DEVICE, Placement
 from jgptq.solver.mesh import OnMesh, make_mesh
 
-MESHES = {"8x1": (8, 1), "2x4": (2, 4)}
-PRESETS = ("fast", "balanced")
+MESHES = {"8x1": (8, 1), "4x2": (4, 2), "2x4": (2, 4)}
+RUNS = (("fast", "8x1"), ("balanced", "4x2"), ("balanced", "2x4"), ("best", "4x2"))
+FIRST_STAGE = 64 * (64 + 32 + 32)  # codes of q, k and v in the first block
 
 
 def codes(params: Decoder) -> np.ndarray:
@@ -22,13 +23,16 @@ def codes(params: Decoder) -> np.ndarray:
     return np.concatenate([np.asarray(unpack(kernel)[0]).reshape(-1) for kernel in kernels])
 
 
-def quantized(preset: str, placement: Placement = ONE_DEVICE) -> np.ndarray:
-    """The codes that a preset gives."""
-    params, _ = jgptq.quantize(tiny.decoder(), tiny.tokens(), preset=preset, group_size=32, placement=placement)
-    return codes(params)
+def quantized(preset: str, placement: Placement = ONE_DEVICE) -> tuple[np.ndarray, np.ndarray]:
+    """The codes that a preset gives, and the loss of each linear."""
+    params, report = jgptq.quantize(tiny.decoder(), tiny.tokens(), preset=preset, group_size=32, placement=placement)
+    return codes(params), np.asarray([row.loss for row in report.rows])
 
 
 if __name__ == "__main__":
     assert jax.device_count() == 8
     on_mesh = {name: OnMesh(make_mesh(data=data, model=model)) for name, (data, model) in MESHES.items()}
-    np.savez(sys.argv[1], **{f"{p}/{name}": quantized(p, where) for p in PRESETS for name, where in on_mesh.items()})
+    arrays = {}
+    for preset, name in RUNS:
+        arrays[f"{preset}/{name}/codes"], arrays[f"{preset}/{name}/loss"] = quantized(preset, on_mesh[name])
+    np.savez(sys.argv[1], **arrays)

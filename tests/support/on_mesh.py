@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jgptq.run.tiles import SolvedStage, prepare_stage, solve_stage
+from jgptq.run.tiles import SolvedStage, prepare_program, prepare_stage, solve_stage
 from jgptq.settings.presets import make_config
 from jgptq.settings.run import QuantizeConfig
 from jgptq.solver import Means, Placement, Prepared, Solution, judge_columns, prepare, solve_columns
@@ -198,6 +198,9 @@ def programs() -> dict[str, np.ndarray]:
         lowered = {
             "accumulate": slabs.accumulate.lower(slabs.SlabSum(h, jnp.int32(0)), tokens[0]),
             "accumulate drift": slabs.accumulate_drift.lower(drift, *tokens),
+            "prepare": prepare_program(placement).lower(
+                StageSums(slabs.SlabSum(h, jnp.int32(0)), drift.without_residual()), config.solver, placement
+            ),
             "factor": jax.jit(lambda h, drift: factored(h, drift, config, placement)).lower(h, h),
         }
         for name, settings in PROGRAMS.items():

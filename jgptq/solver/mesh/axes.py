@@ -1,7 +1,8 @@
 """The mesh and its named axes: what lies where when a quantization runs on several devices.
 
-`data` divides calibration batches: sums over tokens are reduced over it. `model` divides what needs no communication, such as
-the output columns of a solve. A matrix that belongs to neither alone is cut by columns over both together.
+`data` divides calibration batches: sums over tokens are reduced over it. `model` divides features of activations, and what needs
+no communication, such as the output columns of a solve. A matrix that belongs to neither alone is cut by columns over both
+together.
 """
 
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ ALL = (MODEL, DATA)
 """Both axes as one. Devices of equal `model` come after each other, so that a reduce-scatter over `data` ends in place."""
 
 COLUMNS = PartitionSpec(None, ALL)
-TOKENS = PartitionSpec(DATA, None)
+ACTIVATIONS = PartitionSpec(DATA, MODEL)
 VECTOR = PartitionSpec(ALL)
 WHOLE = PartitionSpec()
 
@@ -65,8 +66,8 @@ def by_columns(mesh: Mesh) -> NamedSharding:
 
 
 def by_tokens(mesh: Mesh) -> NamedSharding:
-    """Of activations `[T, K]`: tokens over `data`, a copy for each `model`."""
-    return NamedSharding(mesh, TOKENS)
+    """Of activations `[T, K]`: tokens over `data`, features over `model`, as tensor parallelism leaves them."""
+    return NamedSharding(mesh, ACTIVATIONS)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

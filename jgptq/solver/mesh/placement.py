@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +50,7 @@ class OnMesh:
     """
 
     mesh: Mesh
+    reuses_sums: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         sharding.check_axes(self.mesh)
@@ -95,10 +96,13 @@ class OnMesh:
         return SlabTriangular(values, u_cbb)
 
     def after(self, value: jax.Array, done: jax.Array) -> jax.Array:
-        """The value plus a zero that is computed from `done`: XLA's CPU runs loops with collectives at once that do not depend on
-        each other, and their devices then meet in the wrong one."""
-        first = done.reshape(-1)[0].astype(value.dtype)
-        return value + 0.0 * jnp.where(jnp.isfinite(first), first, jnp.zeros_like(first))
+        """The value, behind a barrier. On CPUs the value plus a zero that is computed from `done`: there the barrier ends with
+        compilation, loops with collectives that do not depend on each other run at once, and their devices meet in the wrong
+        one. That costs a copy of the value, which a GPU, where programs run in one order, does not need."""
+        if self.mesh.devices.flat[0].platform != "cpu":
+            return jax.lax.optimization_barrier((value, done))[0]
+        first = done.reshape(-1)[0].astype(jnp.float32)
+        return value + (0.0 * jnp.where(jnp.isfinite(first), first, jnp.zeros_like(first))).astype(value.dtype)
 
     def on_matrices(self, function: Callable[..., tuple[Any, Any]], *matrices: Slabs | None) -> tuple[Any, Any]:
         """Calls the function on every device, with the slabs of its own."""

@@ -99,7 +99,7 @@ def accumulate(total: SlabSum, h: Float[jax.Array, "*batch K"]) -> SlabSum:
 
     Args:
       total: the sum so far; its memory is reused.
-      h: activations `[..., K]`, any float dtype, best divided over `data` along their first axis already.
+      h: activations `[..., K]`, any float dtype, best divided as `jgptq.solver.mesh.axes.by_tokens` says already.
 
     Returns:
       The new sum.
@@ -137,40 +137,41 @@ def accumulate_drift(
 
 
 def _added(sum_pq: jax.Array, left_tk: jax.Array, right_td: jax.Array, mesh: Mesh) -> jax.Array:
-    """`sum + left^T right`, a chunk of rows of the sum at a time.
+    """`sum + left^T right`, some rows of the sum at a time.
 
-    Each device takes its own tokens. It adds up `[chunk, Q / model]` over them, and is left `[chunk, Q / devices]` over all
-    tokens: it needs room for one chunk.
+    Each device has its own tokens, and of these its own features: the columns of the sum over `right` that it adds up, and a part
+    of the rows over `left`, of which all parts send some in each step. A device adds up `[rows, Q / model]` over its tokens, and
+    is left `[rows, Q / devices]` over all tokens: it needs room for one step.
     """
     size, columns = sum_pq.shape
-    ways, chunk, width = mesh.shape[sharding.DATA], chunk_rows(size, mesh), columns // mesh.shape[sharding.MODEL]
+    ways, parts = mesh.shape[sharding.DATA], mesh.shape[sharding.MODEL]
+    step = chunk_rows(size // parts, mesh, unit=1)
     # A token of zeros adds nothing.
     left_tp, right_tq = (
         jnp.pad(part, ((0, -len(part) % ways), (0, wide - part.shape[1])))
         for part, wide in ((left_tk, size), (right_td, columns))
     )
 
-    def local(sum_pc: jax.Array, left_tp: jax.Array, right_tq: jax.Array) -> jax.Array:
-        mine_tq = jax.lax.dynamic_slice_in_dim(right_tq, jax.lax.axis_index(sharding.MODEL) * width, width, axis=1)
-
-        def add(index: jax.Array, sum_pc: jax.Array) -> jax.Array:
-            rows_tr = jax.lax.dynamic_slice_in_dim(left_tp, index * chunk, chunk, axis=1)
-            part_rq = jax.lax.dot_general(
-                rows_tr,
-                mine_tq,
-                (((0,), (0,)), ((), ())),
+    def local(sum_pc: jax.Array, left_tr: jax.Array, right_tc: jax.Array) -> jax.Array:
+        def add(index: jax.Array, sum_mrc: jax.Array) -> jax.Array:
+            rows_mts = jax.lax.all_gather(jax.lax.dynamic_slice_in_dim(left_tr, index * step, step, axis=1), sharding.MODEL)
+            part_msc = jax.lax.dot_general(
+                rows_mts,
+                right_tc,
+                (((1,), (0,)), ((), ())),
                 precision=jax.lax.Precision.HIGHEST,
                 preferred_element_type=jnp.float32,
             )
             # Devices first: scattered along a last axis, XLA would transpose the whole slab to meet the result.
-            part_drc = part_rq.reshape(chunk, ways, -1).swapaxes(0, 1)
-            added_rc = jax.lax.psum_scatter(part_drc, sharding.DATA, scatter_dimension=0)
-            sum_rc = jax.lax.dynamic_slice_in_dim(sum_pc, index * chunk, chunk) + added_rc
-            return jax.lax.dynamic_update_slice_in_dim(sum_pc, sum_rc, index * chunk, 0)
+            part_dmsc = jnp.moveaxis(part_msc.reshape(parts, step, ways, -1), 2, 0)
+            added_msc = jax.lax.psum_scatter(part_dmsc, sharding.DATA, scatter_dimension=0)
+            rows_msc = jax.lax.dynamic_slice_in_dim(sum_mrc, index * step, step, axis=1) + added_msc
+            return jax.lax.dynamic_update_slice_in_dim(sum_mrc, rows_msc, index * step, axis=1)
 
-        return jax.lax.fori_loop(0, size // chunk, add, sum_pc)
+        sum_mrc = sum_pc.reshape(parts, size // parts, -1)
+        return jax.lax.fori_loop(0, size // parts // step, add, sum_mrc).reshape(sum_pc.shape)
 
-    specs = sharding.COLUMNS, sharding.TOKENS, sharding.TOKENS
+    specs = sharding.COLUMNS, sharding.ACTIVATIONS, sharding.ACTIVATIONS
     return on_slabs(local, mesh, specs, sharding.COLUMNS)(sum_pq, left_tp, right_tq)
 
 

@@ -21,7 +21,8 @@ class GPTAQ(Compensating):
         """`Compensating.run_loop`."""
         rows_k, moves = problem.sequence.rows_k, None
         if problem.drift is not None:
-            moves = transposed_moves(problem.factor, problem.drift.permuted(rows_k), self.target_shift)
+            drift = problem.drift.permuted(problem.after(rows_k, target_kn))
+            moves = transposed_moves(problem.factor, drift, self.target_shift)
         return self.loop.quantize(w_kn[rows_k], target_kn, problem, drift=moves, measured=False)
 
 

@@ -9,7 +9,6 @@ from jgptq.notation import Float
 from jgptq.solver.codes.problem import Problem, Quantized
 from jgptq.solver.linalg.triangular import product
 from jgptq.solver.methods.compensating import Compensating
-from jgptq.solver.placement import RowReader, Triangular
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,19 +22,19 @@ class Qronos(Compensating):
         rows_k = problem.sequence.rows_k
         start_kn = target_kn[rows_k]
         if problem.drift is not None:
-            drift, first = problem.drift.permuted(rows_k), problem.diag_k[rows_k[0]]
-            w_kn = problem.after(w_kn, target_kn)
-            start_kn = qronos_start(w_kn[rows_k], start_kn, problem.factor, first, drift, self.target_shift)
+            drift, first = problem.drift.permuted(problem.after(rows_k, target_kn)), problem.diag_k[rows_k[0]]
+            pull_n = self.target_shift * product(drift.rows(0, 1), w_kn[rows_k])[0]
+            one_k1 = problem.after(jnp.zeros((w_kn.shape[0], 1), w_kn.dtype).at[0].set(1.0), pull_n)
+            start_kn = qronos_start(w_kn[rows_k[0]], start_kn, problem.factor.solve(one_k1), first, pull_n)
         return self.loop.quantize(start_kn, target_kn, problem, measured=False)
 
 
 def qronos_start(
-    w_kn: Float[jax.Array, "K N"],
+    w_n: Float[jax.Array, " N"],
     target_kn: Float[jax.Array, "K N"],
-    factor: Triangular,
+    u_k1: Float[jax.Array, "K 1"],
     first: Float[jax.Array, ""],
-    drift: RowReader,
-    alpha: float,
+    pull_n: Float[jax.Array, " N"],
 ) -> Float[jax.Array, "K N"]:
     """Where Qronos' loop begins (arXiv 2505.11695, algorithm 1 in the form of its theorem on GPTQ-like updates).
 
@@ -44,19 +43,15 @@ def qronos_start(
     and the others as conditional least squares demands, says the same.
 
     Args:
-      w_kn: the kernel `[K, N]`.
+      w_n: row 0 of the kernel.
       target_kn: W' of `jgptq.solver.codes.target.shifted_target`.
-      factor: L, rows and columns as in `w_kn`.
+      u_k1: the first row of U, with `H^-1 = U^T U`, in the sequence of the rows of W'.
       first: the undamped Hessian's first entry, `<x_0, x_0>`.
-      drift: C, rows and columns as in L.
-      alpha: the fraction that is corrected.
+      pull_n: `<x_0, (X_f - X) w>`, times the fraction that is corrected.
 
     Returns:
       What `compensate` starts from, in place of W'.
     """
     live = first > 0
-    pull_n = alpha * product(drift.rows(0, 1), w_kn)[0]
-    first_n = w_kn[0] + jnp.where(live, pull_n / jnp.where(live, first, 1.0), 0.0)
-    one_k1 = jnp.zeros((w_kn.shape[0], 1), w_kn.dtype).at[0].set(1.0)
-    u_k1 = factor.solve(one_k1)  # the first row of U
+    first_n = w_n + jnp.where(live, pull_n / jnp.where(live, first, 1.0), 0.0)
     return target_kn - u_k1 * ((target_kn[0] - first_n) / u_k1[0])[None]
