@@ -128,16 +128,22 @@ def rotate(
 ) -> Float[jax.Array, "b S H F"]:
     """Rotates pairs of features by the tables' angles, in the dtype of `x` as the reference models do.
 
-    Pairs are (f, f + F/2) as "halves", or (2f, 2f + 1) as "neighbours". Where heads are rotated in part, F is the number of their
-    features that are rotated, which come first.
+    Args:
+      x: queries or keys `[b, S, H, F]`; of heads that are rotated in part, the first R features are.
+      cos: cosines `[S, R]`, of which the second half repeats the first.
+      sin: sines, the same.
+      pairs: "halves", pairs (f, f + R/2), or "neighbours", pairs (2f, 2f + 1).
+
+    Returns:
+      The rotated queries or keys.
     """
     width = cos.shape[-1]
     if width < x.shape[-1]:
         return jnp.concatenate([rotate(x[..., :width], cos, sin, pairs), x[..., width:]], axis=-1)
     half = width // 2
     if pairs == "neighbours":
-        cos, sin = (jnp.repeat(table[:, :half], 2, axis=-1) for table in (cos, sin))
-        turned = jnp.stack([-x[..., 1::2], x[..., ::2]], axis=-1).reshape(x.shape)
+        turned = jnp.stack([-x[..., 1::2], x[..., 0::2]], axis=-1).reshape(x.shape)
+        cos, sin = jnp.repeat(cos[:, :half], 2, axis=-1), jnp.repeat(sin[:, :half], 2, axis=-1)
     else:
         turned = jnp.concatenate([-x[..., half:], x[..., :half]], axis=-1)
     shape = (1, x.shape[1], 1, x.shape[3])

@@ -3,11 +3,11 @@
 import json
 from pathlib import Path
 
-import fused_rows
 import numpy as np
 import pytest
 import safetensors.numpy
 import tiny
+from rows_fused import FUSED
 from twins import decoder_of, logits, logits_of, twin
 
 import jgptq
@@ -31,7 +31,7 @@ def written_by_transformers(row: str, folder: Path) -> dict[str, np.ndarray]:
     return tensors_of(folder)
 
 
-@pytest.mark.parametrize("row", fused_rows.ROWS)
+@pytest.mark.parametrize("row", FUSED)
 def test_a_folder_of_transformers_is_read_and_written_byte_by_byte(tmp_path: Path, row: str):
     theirs = written_by_transformers(row, tmp_path / "theirs")
     loaded = load_hf(tmp_path / "theirs")

@@ -61,7 +61,7 @@ def test_a_name_and_a_path_lead_to_each_other(family, data):
     name = checkpoint_name(f"layers.{index}.{path}", family)
     back = [other for other in within if checkpoint_name(f"layers.{index}.{other}", family) == name]
     assert back == [path]
-    assert re.search(r"\.(?:layers|h)\.(\d+)\.", name).group(1) == str(index)
+    assert re.search(rf"\.{FAMILIES[family].blocks}\.(\d+)\.", name).group(1) == str(index)
 
 
 def test_a_name_in_an_unknown_architecture_is_refused():

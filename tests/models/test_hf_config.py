@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from fused_rows import BLOOM, GPT2
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rows_fused import BLOOM, GPT2
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.stablelm.modeling_stablelm import StableLmRotaryEmbedding

@@ -3,13 +3,13 @@
 import functools
 import json
 
-import fused_rows
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
 from flax import nnx
+from rows_fused import FUSED
 
 from converters.names import leaves, stored_rule
 from jgptq.models import FAMILIES, Decoder, ModelConfig, checkpoint_name, config_from_hf
@@ -120,7 +120,7 @@ ROWS: dict[str, tuple[dict, dict | None]] = {
         ),
         {"final_logit_softcapping": None},
     ),
-    **fused_rows.ROWS,
+    **FUSED,
     "qwen3_window": (hf_dict("qwen3", head_dim=16, **SLIDING, max_window_layers=1), {"max_window_layers": 2}),
 }
 

@@ -54,7 +54,7 @@ class ModelConfig:
     norm_offset: float = 0.0  # what is added to the stored scale of an RMS norm
     final_norm: bool = True  # a norm follows the last block; not where blocks end with one
     positions: Positions = dataclasses.field(default_factory=RopeConfig)  # rotary, learned or ALiBi
-    rotary_pairs: str = "halves"  # which features are rotated together: halves (f, f + F/2) or neighbours (2f, 2f + 1)
+    rotary_pairs: str = "halves"  # features rotated together: f and f + F/2 (halves), or 2f and 2f + 1 (neighbours)
     embedding_width: int | None = None  # width of token vectors, projected to D; None: D
     embedding_scaled: bool = False  # token vectors are multiplied by sqrt(D)
     embedding_norm: bool = False  # token vectors are normed before the first block

@@ -76,12 +76,10 @@ def config_to_hf(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
 
 def _refuse_switches(hf: Mapping[str, Any], family: Family) -> None:
     """Raises an error that names every key which asks for a computation that the row does not describe."""
-    read = {key.name for key in family.keys.values()} | family.where.keys() | family.rotary_keys.keys()
-    read |= {family.positions.name} if isinstance(family.positions, Key) else set()
     wrong = [
         f"expected {name} {' or '.join(map(repr, values)) or 'null'}, found {hf[name]!r}"
         for name, values in SWITCHES.items()
-        if name not in read and hf.get(name) is not None and hf[name] not in values
+        if name not in family.names and hf.get(name) is not None and hf[name] not in values
     ]
     if wrong:
         raise ArchitectureError(f"config.json: not implemented for architecture {hf['model_type']!r}: {'; '.join(wrong)}")

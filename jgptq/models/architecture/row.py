@@ -71,3 +71,9 @@ class Family:
     conv1d: bool = False  # the kernels of blocks are stored as [K, N], in transformers' Conv1D; else as Torch's [N, K]
     buffers: tuple[str, ...] = ()  # endings of constants that old files hold and no model reads
     modules: Mapping[str, str] = dataclasses.field(default_factory=dict)  # path in a block, or top-level name -> name in the file
+
+    @property
+    def names(self) -> set[str]:
+        """Names of all keys of a file by which the row reads a switch."""
+        single = [self.positions] if isinstance(self.positions, Key) else []
+        return {key.name for key in (*self.keys.values(), *single)} | {*self.where, *self.rotary_keys}

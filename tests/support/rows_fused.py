@@ -13,7 +13,7 @@ GLM = {**GATED, "head_dim": 16, "rms_norm_eps": 0.01, "rope_theta": 500.0}
 SHORT = {"type": "longrope", "short_factor": [1.0 + i / 8 for i in range(6)], "long_factor": [1.5 + i for i in range(6)]}
 
 # name: (config.json, keys whose change must change the logits: otherwise the row proves nothing)
-ROWS: dict[str, tuple[dict, dict | None]] = {
+FUSED: dict[str, tuple[dict, dict | None]] = {
     "gpt2": ({**GPT2, "model_type": "gpt2"}, {"activation_function": "relu"}),
     "gpt2_inner_untied": (
         {**GPT2, "model_type": "gpt2", "n_inner": 96, "tie_word_embeddings": False, "layer_norm_epsilon": 0.01},
