@@ -46,7 +46,7 @@ def load_hf(source: str | Path, dtype: str = "auto") -> Decoder:
         quantization = {"quant_method": "gptq"} | read_json(folder / "quantize_config.json")
     quantization = None if quantization is None else _check_method(quantization)
     config = config_from_hf(hf, dtype)
-    checkpoint = _with_prefix(open_checkpoint(folder), config.model_type)
+    checkpoint = _named_as_here(open_checkpoint(folder), config.model_type)
     decoder = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
     used = _fill(leaves(decoder), checkpoint, config, quantization)
     constants = IGNORED + FAMILIES[config.model_type].buffers
@@ -63,16 +63,20 @@ def load_hf(source: str | Path, dtype: str = "auto") -> Decoder:
     return decoder
 
 
-def _with_prefix(checkpoint: Checkpoint, model_type: str) -> Checkpoint:
+def _named_as_here(checkpoint: Checkpoint, model_type: str) -> Checkpoint:
     """The checkpoint by the names of a causal language model: old files of some families have those of the decoder alone, such as
-    `h.0.ln_1.weight` for `transformer.h.0.ln_1.weight`."""
+    `h.0.ln_1.weight` for `transformer.h.0.ln_1.weight`. Where the family's output projection has another name than `lm_head`,
+    transformers calls it `lm_head` in memory, and so do files of programs that write its modules."""
     family = FAMILIES[model_type]
-    prefix = family.decoder.partition(".")[0] + "."
-    if any(name.startswith(prefix) for name in checkpoint.entries):
-        return checkpoint
-    head = f"{family.head}."
-    named = {name if name.startswith(head) else prefix + name: entry for name, entry in checkpoint.entries.items()}
-    return Checkpoint(checkpoint.folder, named)
+    prefix, head = family.decoder.partition(".")[0] + ".", f"{family.head}."
+    bare, headless = (not any(name.startswith(start) for name in checkpoint.entries) for start in (prefix, head))
+
+    def named(name: str) -> str:
+        if headless and name.startswith("lm_head."):
+            return head + name.removeprefix("lm_head.")
+        return prefix + name if bare and not name.startswith(head) else name
+
+    return Checkpoint(checkpoint.folder, {named(name): entry for name, entry in checkpoint.entries.items()})
 
 
 def _leftover(name: str, checkpoint: Checkpoint, constants: tuple[str, ...]) -> bool:

@@ -117,6 +117,12 @@ def test_names_of_the_decoder_alone_are_those_of_the_whole_model(tmp_path: Path,
     np.testing.assert_array_equal(logits(load_hf(tmp_path)), logits_of(row))
 
 
+def test_an_output_projection_is_read_by_its_name_in_the_files_and_in_transformers_modules(tmp_path: Path):
+    tensors = written_by_transformers("gpt_neox", tmp_path)
+    safetensors.numpy.save_file(tensors | {"lm_head.weight": tensors.pop("embed_out.weight")}, tmp_path / SINGLE)
+    np.testing.assert_array_equal(logits(load_hf(tmp_path)), logits_of("gpt_neox"))
+
+
 @pytest.mark.parametrize(
     ("row", "constants", "unknown"),
     [

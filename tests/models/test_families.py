@@ -230,13 +230,14 @@ def test_rules_that_part_linears_of_a_stage_are_refused_with_the_reason_that_hol
         assert ("readers fuse them into one matrix" in str(caught.value)) == fused
 
 
-@pytest.mark.parametrize("row", ["opt", "opt_post_norm_projected", "gemma", "gemma2", "llama"])
+@pytest.mark.parametrize("row", ["opt", "opt_post_norm_projected", "gemma", "gemma2", "llama", "bloom", "gpt2"])
 def test_calibration_begins_where_the_model_begins(row):
     decoder = decoder_of(row)
     batch, *others = embed(decoder, [TOKENS], reference=True)
     assert not others
     captured = []
-    first = (twin(row).model.decoder if row.startswith("opt") else twin(row).model).layers[0]
+    family = FAMILIES[decoder.config.model_type]
+    first = functools.reduce(getattr, (*family.decoder.split("."), family.blocks), twin(row))[0]
     hook = first.register_forward_pre_hook(lambda _, args, kwargs: captured.append(args[0]), with_kwargs=True)
     twins.torch_logits(twin(row))
     hook.remove()

@@ -10,6 +10,7 @@ GATED = {**SIZES, "intermediate_size": 96, "num_key_value_heads": 2, "max_positi
 PHI3 = {**GATED, "model_type": "phi3", "rms_norm_eps": 0.01, "rope_theta": 500.0}
 GLM = {**GATED, "head_dim": 16, "rms_norm_eps": 0.01, "rope_theta": 500.0}
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 4, "beta_slow": 0.25}
 SHORT = {"type": "longrope", "short_factor": [1.0 + i / 8 for i in range(6)], "long_factor": [1.5 + i for i in range(6)]}
 
 # name: (config.json, keys whose change must change the logits: otherwise the row proves nothing)
@@ -26,6 +27,10 @@ FUSED: dict[str, tuple[dict, dict | None]] = {
         {**NEOX, "use_parallel_residual": False, "rotary_pct": 0.5, "tie_word_embeddings": True, "hidden_act": "gelu_fast"},
         {"use_parallel_residual": True},
     ),
+    "gpt_neox_dynamic": (
+        {**NEOX, "rotary_pct": 1.0, "max_position_embeddings": 16, "rope_scaling": {"type": "dynamic", "factor": 4.0}},
+        {"rope_scaling": None},
+    ),
     "gpt_neox_linear": (
         {**NEOX, "attention_bias": False, "rotary_pct": 1.0, "rope_scaling": {"type": "linear", "factor": 4.0}},
         {"rotary_pct": 0.25},
@@ -36,7 +41,10 @@ FUSED: dict[str, tuple[dict, dict | None]] = {
         None,
     ),
     "falcon": (FALCON, {"layer_norm_epsilon": 1e-5}),
-    "falcon_one_after_the_other": (FALCON | {"parallel_attn": False, "bias": True}, None),
+    "falcon_one_after_the_other": (
+        FALCON | {"parallel_attn": False, "bias": True, "rope_scaling": {"type": "linear", "factor": 4.0}},
+        {"rope_scaling": None},
+    ),
     "falcon_rw": (
         FALCON
         | {"hidden_size": 96, "num_attention_heads": 12, "alibi": True}
@@ -70,5 +78,8 @@ FUSED: dict[str, tuple[dict, dict | None]] = {
         {"partial_rotary_factor": 0.5},
     ),
     "glm4": (GLM | {"model_type": "glm4"}, {"rope_theta": 10000.0}),
-    "glm4_every_head_its_own": (GLM | {"model_type": "glm4", "num_key_value_heads": 4, "head_dim": 24}, None),
+    "glm4_every_head_its_own": (
+        GLM | {"model_type": "glm4", "num_key_value_heads": 4, "head_dim": 24, "rope_scaling": YARN},
+        {"rope_scaling": None},
+    ),
 }
