@@ -12,6 +12,7 @@ from flax import nnx
 from converters.checkpoint import Checkpoint, open_checkpoint, read_json, resolve_folder
 from converters.encode import constant_words
 from converters.names import IGNORED, NameRule, leaves, stored_rule, unit_leaves
+from converters.parted import with_gate_and_up_joined
 from converters.quantization import declared_group_sizes, read_settings
 from jgptq.errors import ArchitectureError, CheckpointError
 from jgptq.models import FAMILIES, Decoder, ModelConfig, Origin, Unit, checkpoint_name, config_from_hf
@@ -47,6 +48,8 @@ def load_hf(source: str | Path, dtype: str = "auto") -> Decoder:
     quantization = None if quantization is None else _check_method(quantization)
     config = config_from_hf(hf, dtype)
     checkpoint = _named_as_here(open_checkpoint(folder), config.model_type)
+    if quantization is not None and config.gate_up_fused:
+        checkpoint = with_gate_and_up_joined(checkpoint)
     decoder = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
     used = _fill(leaves(decoder), checkpoint, config, quantization)
     constants = IGNORED + FAMILIES[config.model_type].buffers

@@ -117,6 +117,29 @@ def test_names_of_the_decoder_alone_are_those_of_the_whole_model(tmp_path: Path,
     np.testing.assert_array_equal(logits(load_hf(tmp_path)), logits_of(row))
 
 
+@pytest.mark.parametrize(("changes", "settings"), [(tiny.PHI3, {}), (tiny.GLM4, {"bits": 3, "sym": False, "group_size": -1})])
+@pytest.mark.filterwarnings("ignore:vLLM")
+def test_a_quantized_folder_whose_gate_and_up_are_parted_is_read_as_fused(tmp_path: Path, changes: dict, settings: dict):
+    """GPTQModel writes them so."""
+    quantized, _ = jgptq.quantize(tiny.decoder(**changes), method="rtn", **{"group_size": 32, **settings})
+    out = save_hf(quantized, tmp_path / "out", format="gptq_v2")
+    tiny.part_gate_and_up(out)
+    tiny.assert_same(quantized, load_hf(out))
+
+
+@pytest.mark.parametrize("part", ["g_idx", "scales"])
+def test_parts_of_a_fused_linear_that_do_not_fit_each_other_are_refused(tmp_path: Path, part: str):
+    quantized, _ = jgptq.quantize(tiny.decoder(**tiny.PHI3), method="rtn", group_size=32)
+    out = save_hf(quantized, tmp_path / "out")
+    tiny.part_gate_and_up(out)
+    tensors = tensors_of(out)
+    name = f"model.layers.1.mlp.up_proj.{part}"
+    tensors[name] = tensors[name][:1] if part == "scales" else np.roll(tensors[name], 1)
+    safetensors.numpy.save_file(tensors, out / SINGLE)
+    with pytest.raises(CheckpointError, match=f"model.layers.1.mlp.gate_proj.{part} and {name} differ in bits, groups or order"):
+        load_hf(out)
+
+
 def test_an_output_projection_is_read_by_its_name_in_the_files_and_in_transformers_modules(tmp_path: Path):
     tensors = written_by_transformers("gpt_neox", tmp_path)
     safetensors.numpy.save_file(tensors | {"lm_head.weight": tensors.pop("embed_out.weight")}, tmp_path / SINGLE)

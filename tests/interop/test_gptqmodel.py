@@ -10,13 +10,11 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import safetensors.numpy
 import tiny
 from tokenizers import Tokenizer, models
 
 import jgptq
 from converters import load_hf, save_hf
-from converters.checkpoint import SINGLE
 from jgptq import tinycode
 from jgptq.models import Decoder, checkpoint_name
 from jgptq.models.packed import PackedTensor
@@ -134,17 +132,12 @@ def test_gptqmodel_reads_a_phi3_whose_gate_and_up_are_parted(tmp_path: Path):
     """GPTQModel 7.6 asks for gate_proj and up_proj; the two halves of gate_up_proj are what it means by them."""
     quantized, _ = jgptq.quantize(tiny.decoder(**tiny.PHI3), tiny.tokens(), preset="fast", group_size=32)
     out, tokens = save_hf(quantized, tmp_path / "out"), tiny.tokens(2)
-    tensors = safetensors.numpy.load_file(out / SINGLE)
-    for name in [name for name in tensors if ".gate_up_proj." in name]:
-        tensor = tensors.pop(name)
-        halves = (tensor, tensor) if name.endswith("g_idx") else np.split(tensor, 2, axis=-1)
-        for part, half in zip(("gate_proj", "up_proj"), halves, strict=True):
-            tensors[name.replace("gate_up_proj", part)] = np.ascontiguousarray(half)
-    safetensors.numpy.save_file(tensors, out / SINGLE, metadata={"format": "pt"})
+    tiny.part_gate_and_up(out)
     config = json.loads((out / "config.json").read_text())
     # transformers' default, 32000 in a Phi-3, has to lie within the vocabulary.
     (out / "config.json").write_text(json.dumps(config | {"pad_token_id": 0}))
     read = read_by_gptqmodel(out, tokens, tmp_path)
+    tiny.assert_same(quantized, load_hf(out))
     parts = [read[f"weight/model.layers.0.mlp.{part}"] for part in ("gate_proj", "up_proj")]
     kernel = quantized.layers[0].mlp.gate_up_proj.kernel.get_value()
     np.testing.assert_array_equal(np.concatenate(parts, axis=1), np.asarray(kernel.dequantize()))

@@ -6,9 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors.numpy
 from flax import nnx
 
 from converters import save_hf
+from converters.checkpoint import SINGLE
 from jgptq.models import FAMILIES, AlibiPositions, Decoder, LearnedPositions, ModelConfig, RopeConfig
 
 VOCAB, SEQ_LEN = 96, 16
@@ -113,6 +115,17 @@ def decoder(seed: int = 0, dtype: Any = jnp.float16, **changes: Any) -> Decoder:
 
 def folder(path: Path, **changes: Any) -> Path:
     return save_hf(decoder(**changes), path, format="float")
+
+
+def part_gate_and_up(path: Path) -> None:
+    """Replaces each packed gate_up_proj of a GPTQ folder by gate_proj and up_proj, as GPTQModel names and asks for them."""
+    tensors = safetensors.numpy.load_file(path / SINGLE)
+    for name in [name for name in tensors if ".gate_up_proj." in name]:
+        tensor = tensors.pop(name)
+        halves = (tensor, tensor) if name.endswith("g_idx") else np.split(tensor, 2, axis=-1)
+        for part, half in zip(("gate_proj", "up_proj"), halves, strict=True):
+            tensors[name.replace("gate_up_proj", part)] = np.array(half)  # safetensors writes a view as if it were whole
+    safetensors.numpy.save_file(tensors, path / SINGLE, metadata={"format": "pt"})
 
 
 def tokens(samples: int = 24, length: int = SEQ_LEN, seed: int = 0) -> np.ndarray:
