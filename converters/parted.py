@@ -55,6 +55,7 @@ def with_gate_and_up_joined(checkpoint: Checkpoint) -> Checkpoint:
     for name in checkpoint.entries:
         before, apart, part = name.partition(_PARTS[0])
         other = f"{before}{_PARTS[1]}{part}"
-        if apart and part in (*_COLUMNS, "g_idx") and other in checkpoint.entries:
+        whole = other in checkpoint.entries and checkpoint.entries[name].shape and checkpoint.entries[other].shape
+        if apart and part in (*_COLUMNS, "g_idx") and whole:
             joined[f"{before}{_FUSED}{part}"] = (name, other)
     return JoinedCheckpoint(checkpoint, joined) if joined else checkpoint
