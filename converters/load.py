@@ -67,9 +67,12 @@ def load_hf(source: str | Path, dtype: str = "auto") -> Decoder:
 
 
 def _named_as_here(checkpoint: Checkpoint, model_type: str) -> Checkpoint:
-    """The checkpoint by the names of a causal language model: old files of some families have those of the decoder alone, such as
-    `h.0.ln_1.weight` for `transformer.h.0.ln_1.weight`. Where the family's output projection has another name than `lm_head`,
-    transformers calls it `lm_head` in memory, and so do files of programs that write its modules."""
+    """The checkpoint by the names that the family's files have today.
+
+    Old files of some families lack the prefix of the whole model, as in `h.0.ln_1.weight` for `transformer.h.0.ln_1.weight`. An
+    output projection that the family's files do not call `lm_head` has that name in the modules of transformers, and in files of
+    programs that write those.
+    """
     family = FAMILIES[model_type]
     prefix, head = family.decoder.partition(".")[0] + ".", f"{family.head}."
     bare, headless = (not any(name.startswith(start) for name in checkpoint.entries) for start in (prefix, head))

@@ -23,7 +23,7 @@ LEAVES = {
     "scale": NameRule("weight", transposed=False),
     "embedding": NameRule("weight", transposed=False),
 }
-"""Last part of a leaf's path -> how it is stored, as a rule."""
+"""Last part of a leaf's path -> how most families store it."""
 
 IGNORED = (".rotary_emb.inv_freq", ".self_attn.masked_bias")
 """Endings of tensors that old checkpoints of any family hold and no model reads."""

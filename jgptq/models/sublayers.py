@@ -38,7 +38,7 @@ class Attention(nnx.Module):
         self.window = window
 
     def parts(self, outputs: Sequence[jax.Array]) -> list[jax.Array]:
-        """Queries, keys and values from the outputs of the linears that make them, be they three or one."""
+        """Queries, keys and values from the outputs of the three linears that make them, or of the one."""
         return list(outputs) if self.config.qkv_layout is None else split_qkv(outputs[0], self.config)
 
     def mix(
@@ -100,7 +100,7 @@ class MLP(nnx.Module):
         self.gate_up_fused = config.gate_up_fused
 
     def gated(self, outputs: Sequence[jax.Array]) -> Float[jax.Array, "b S K"]:
-        """`act(gate) * up`, from the outputs of the linears that make the two, be they two or one."""
+        """`act(gate) * up`, from the outputs of the two linears that make gate and up, or of the one."""
         gate, up = jnp.split(outputs[0], 2, axis=-1) if self.gate_up_fused else outputs
         return self.activate(gate) * up
 

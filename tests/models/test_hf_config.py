@@ -74,6 +74,7 @@ def test_rope_scaling_wins_over_rope_parameters_as_in_transformers():
     [
         ({"model_type": "mamba"}, ArchitectureError, ["'mamba'", *MODEL_TYPES]),
         ({"model_type": None}, ArchitectureError, ["None", *MODEL_TYPES]),
+        ({"model_type": "falcon_grouped"}, ArchitectureError, ["'falcon_grouped' is not known", *MODEL_TYPES]),
         ({"rope_scaling": {"type": "su"}}, ArchitectureError, ["'su'", *ROPE_TYPES]),
         ({"partial_rotary_factor": 0.5}, ArchitectureError, ["partial_rotary_factor"]),
         ({"rope_scaling": {"type": "linear"}}, CheckpointError, ["'linear'", "factor"]),

@@ -57,8 +57,7 @@ def family_of(model_type: str) -> Family:
       ArchitectureError: there is none; the message lists the architectures known.
     """
     if model_type not in FAMILIES:
-        known = ", ".join(dict.fromkeys(family.model_type or name for name, family in FAMILIES.items()))
-        raise ArchitectureError(f"config.json: architecture {model_type!r} is not known; known are {known}")
+        raise _unknown(model_type)
     return FAMILIES[model_type]
 
 
@@ -71,13 +70,18 @@ def row_of(hf: Mapping[str, Any]) -> str:
     model_type = str(hf.get("model_type"))
     rows = {name: family for name, family in FAMILIES.items() if (family.model_type or name) == model_type}
     if not rows:
-        family_of(model_type)
+        raise _unknown(model_type)
     for name, family in rows.items():
         if all(hf.get(key) in values for key, values in family.where.items()):
             return name
     keys = dict.fromkeys(key for family in rows.values() for key in family.where)
     form = ", ".join(f"{key} {hf.get(key)!r}" for key in keys)
     raise ArchitectureError(f"config.json: not implemented for architecture {model_type!r}: {form} together")
+
+
+def _unknown(model_type: str) -> ArchitectureError:
+    known = ", ".join(dict.fromkeys(family.model_type or name for name, family in FAMILIES.items()))
+    return ArchitectureError(f"config.json: architecture {model_type!r} is not known; known are {known}")
 
 
 def checkpoint_name(path: str, model_type: str) -> str:

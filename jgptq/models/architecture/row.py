@@ -15,7 +15,7 @@ class Key:
     name: str
     default: Any = REQUIRED  # what the file says where it is silent
     values: Mapping[Any, Any] = dataclasses.field(default_factory=dict)  # what the file says -> the switch, where they differ
-    aliases: tuple[str, ...] = ()  # other names of the key; where a file has one of them, it is that one which counts
+    aliases: tuple[str, ...] = ()  # other names of the key, which take precedence as in transformers
 
     def given(self, hf: Mapping[str, Any]) -> Any:
         """What a file says, or the default where it is silent."""
@@ -55,7 +55,7 @@ class Family:
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # switches that all models of the family share
     model_type: str | None = None  # of its files; None: the row's name. Rows that share one differ in `where`
     where: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)  # key -> its values in files of this row
-    positions: str | Key = "rotary"  # rotary, learned or alibi
+    positions: str | Key = "rotary"  # rotary, learned or alibi, or the key that says which
     positions_key: str = "max_position_embeddings"  # the key of how many positions there are
     max_positions: int = 2048  # its value where the file is silent
     position_offset: int = 0  # of learned positions: the row of the table that belongs to position 0
