@@ -119,7 +119,7 @@ def compiled_for(mesh: Mesh) -> dict[str, Any]:
     accumulate = jax.jit(placement.accumulate, donate_argnums=0)
     lowered = {
         "accumulate": lambda: accumulate.lower(of.total, *of.batch),
-        "prepare": lambda: prepare_program(placement).lower(of.total.without_residual(), config.solver, placement),
+        "prepare": lambda: prepare_program(placement).lower(of.total.without_residual(), config.solver, placement, pulled=False),
         "factor": lambda: jax.jit(lambda h, drift: factored(h, drift, config, placement)).lower(of.h_kk, of.h_kk),
         "solve": lambda: jax.jit(judge_columns, static_argnums=2).lower(of.w_kn, of.prepared, config, of.w_kn),
         "all_in_one": lambda: jax.jit(step, static_argnums=(3, 4), donate_argnums=0).lower(

@@ -73,7 +73,8 @@ def flops(preset: str) -> float:
     hessians = 3 * d * d + inner * inner
     total = forward + hessians
     if preset != "fast":
-        total += forward + 2 * hessians + 2 * (d * d + inner * d)
+        # The drift of the inputs of three stages, and of two stages what they give or the stream lost.
+        total += forward + 2 * 3 * d * d + 2 * (d * d + inner * d)
     return BLOCKS * tokens * total
 
 

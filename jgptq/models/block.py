@@ -22,7 +22,8 @@ class Unit(nnx.Module):
     The forward pass is `carry = unit.run(stage, carry)` over `unit.stages()`, and `run` is
 
         h = unit.inputs(stage, carry)
-        carry = unit.combine(stage, carry, {path: linear(h) for each linear of the stage})
+        outputs = {path: linear(h) for each linear of the stage}
+        carry = unit.combine(stage, carry, outputs)
     """
 
     config: ModelConfig
@@ -63,6 +64,10 @@ class Unit(nnx.Module):
 
     def run(self, stage: Stage, carry: Carry) -> Carry:
         """The carry after a stage."""
+        return self.combine(stage, carry, self.outputs(stage, carry))
+
+    def outputs(self, stage: Stage, carry: Carry) -> dict[str, Float[jax.Array, "b S N"]]:
+        """What a stage's linears give, by path."""
         h = self.inputs(stage, carry)
         outputs: dict[str, jax.Array] = {}
         for fusion in stage.fusions:
@@ -70,7 +75,7 @@ class Unit(nnx.Module):
             if isinstance(fused, Fused):
                 outputs |= zip(fusion.linears, fused(h), strict=True)
         outputs |= {path: submodule(self, path)(h) for path in stage.linears if path not in outputs}
-        return self.combine(stage, carry, outputs)
+        return outputs
 
 
 def submodule(module: nnx.Module, path: str) -> Any:

@@ -4,7 +4,6 @@ import mmap
 from typing import TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 Tree = TypeVar("Tree")
@@ -34,9 +33,9 @@ def to_device(tree: Tree) -> Tree:
 
 def _leaf_to_device(leaf: jax.Array | np.ndarray) -> jax.Array:
     if not isinstance(leaf, np.memmap):
-        return jnp.asarray(leaf)
+        return jax.device_put(leaf)
     # jax may use an aligned host buffer without a copy; a mapped file must be copied, because its pages are released next.
-    device = jnp.asarray(np.array(leaf, copy=True, order="C"))
+    device = jax.device_put(np.array(leaf, copy=True, order="C"))
     release(leaf)
     return device
 

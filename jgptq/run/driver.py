@@ -19,7 +19,7 @@ from jgptq.models import RESIDUAL, Block, Decoder, Head, Unit, checkpoint_name
 from jgptq.models.memory import copy_module, to_device
 from jgptq.models.packed import PackedTensor
 from jgptq.notation import Array, Int
-from jgptq.run.ahead import Program, compiled_ahead, unit_programs
+from jgptq.run.ahead import Ahead, Program, compiled_ahead, unit_programs
 from jgptq.run.batches import Batch, Observation, advance, cut_batches, embed, observe
 from jgptq.run.plan import RunPlan, StagePlan, plan_run, unit_prefix
 from jgptq.run.progress import Progress
@@ -31,6 +31,7 @@ from jgptq.settings.presets import make_config
 from jgptq.settings.run import QuantizeConfig
 from jgptq.solver import ONE_DEVICE, Outcome, Placement
 from jgptq.solver.methods import method_of
+from jgptq.solver.statistics.drift import StageSums
 
 
 def quantize(
@@ -107,12 +108,12 @@ def _quantize_units(
 ) -> None:
     """Quantizes the units that are not finished, each on what those before it give; nothing is moved through the last one where
     nobody reads what leaves it."""
-    ahead = compiled_ahead(_programs_ahead(run, finished, batches, job, skip_last=skip_last))
-    with Progress(sum(len(plan) for plan in run.plans), progress) as bar, ahead:
+    programs = _programs_ahead(run, finished, batches, job, skip_last=skip_last)
+    with Progress(sum(len(plan) for plan in run.plans), progress) as bar, compiled_ahead(programs) as ahead:
         for index, (unit, plan) in enumerate(zip(run.units, run.plans, strict=True)):
             last = _is_last(run, index, skip_last)
             if index not in finished:
-                sink.write(index, *_quantize_unit(index, unit, plan, batches, last, job, bar))
+                sink.write(index, *_quantize_unit(index, unit, plan, batches, last, job, bar, ahead))
                 continue
             if not last:
                 _pass_through(finished[index][0], unit, plan, batches, job)
@@ -148,7 +149,14 @@ def _programs_ahead(
 
 
 def _quantize_unit(
-    index: int, block: Unit, plan: Sequence[StagePlan], batches: list[Batch], last: bool, job: Job, bar: Progress
+    index: int,
+    block: Unit,
+    plan: Sequence[StagePlan],
+    batches: list[Batch],
+    last: bool,
+    job: Job,
+    bar: Progress,
+    ahead: Ahead,
 ) -> tuple[Unit, ReportRows]:
     """Quantizes one unit and moves the batches through it; returns it packed, with its report rows."""
     work = to_device(block)
@@ -166,11 +174,13 @@ def _quantize_unit(
         if decision.kept_float is not None:
             rows += [kept_row(name, linear, decision.kept_float) for name, linear in zip(names, linears.values(), strict=True)]
         else:
-            solved, stage_rows = solve_linears(names, linears, total, decision.config, job)
+            ahead.settle("solve", number)
+            solved, stage_rows = solve_linears(names, linears, total, decision.config, job, pulled=decision.pulls)
             rows += stage_rows
             packed |= solved
         if not (last and number == len(plan) - 1):
-            total = advance(work, reference, batches, number, _observation(plan, number + 1, batches, job))
+            ahead.settle("move", number)
+            total = _advance(work, reference, batches, number, plan, job)
         bar.advance()
     return _with_kernels(block, packed), tuple(rows)
 
@@ -224,7 +234,16 @@ def _pass_through(block: Unit, original: Unit, plan: Sequence[StagePlan], batche
     reference = to_device(original) if _follows(batches) else work
     for number in range(len(plan)):
         # The sums are not needed, but the program is: another one might round otherwise, and the files would differ.
-        advance(work, reference, batches, number, _observation(plan, number + 1, batches, job))
+        _advance(work, reference, batches, number, plan, job)
+
+
+def _advance(
+    work: Unit, reference: Unit, batches: list[Batch], number: int, plan: Sequence[StagePlan], job: Job
+) -> StageSums | None:
+    """Moves the batches through a stage, and sums what the next one reads."""
+    observed = _observation(plan, number, batches, job)
+    pulled = observed is not None and observed.pull is not None
+    return advance(work, reference, batches, number, _observation(plan, number + 1, batches, job), pulled=pulled)
 
 
 def _with_kernels(block: Unit, packed: Mapping[str, PackedTensor]) -> Unit:

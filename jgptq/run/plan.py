@@ -19,7 +19,9 @@ class StagePlan:
     names: tuple[str, ...]  # dotted paths of its linears within the block
     kept_float: str | None  # the reason why all of them stay float, or None: all are packed
     config: SolverConfig  # of all of them; the run's where they stay float
-    pulls: bool = False  # whether the drift of its inputs is summed as what it does to the output, which is less work
+    pulls: bool = (
+        False  # whether what it gives in the float model is summed, in place of the drift of its inputs, which is less work
+    )
 
 
 Plan = tuple[StagePlan, ...]

@@ -29,14 +29,21 @@ class Job:
 
 
 def solve_linears(
-    names: Sequence[str], linears: Mapping[str, Linear], total: StageSums | None, config: SolverConfig, job: Job
+    names: Sequence[str],
+    linears: Mapping[str, Linear],
+    total: StageSums | None,
+    config: SolverConfig,
+    job: Job,
+    *,
+    pulled: bool = False,
 ) -> tuple[dict[str, PackedTensor], list[LinearReport]]:
-    """Solves the linears of a stage, and puts their expanded kernels into the block that the stage is of."""
+    """Solves the linears of a stage, and puts their expanded kernels into the block that the stage is of. Where the sums were
+    observed with a pull, `pulled` says so."""
     started = time.monotonic()
     tokens = 0 if total is None else int(total.hessian.tokens)
     k = next(iter(linears.values())).kernel.get_value().shape[0]
     with lapack_threads(k):
-        prepared = None if total is None else prepare_stage(total, config, job.placement)
+        prepared = None if total is None else prepare_stage(total, config, job.placement, pulled=pulled)
         solved, note = _solve_checked(names, list(linears.values()), prepared, config, job)
     seconds = time.monotonic() - started
     width = sum(result.packed.shape[1] for result in solved.linears)

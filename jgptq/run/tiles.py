@@ -81,20 +81,24 @@ class PreparedStage(NamedTuple):
     residual_kd: Float[jax.Array, "K D"] | None  # None where the columns are not added to the stream
 
 
-def prepare_stage(total: StageSums, config: SolverConfig, placement: Placement = ONE_DEVICE) -> PreparedStage:
+def prepare_stage(
+    total: StageSums, config: SolverConfig, placement: Placement = ONE_DEVICE, *, pulled: bool = False
+) -> PreparedStage:
     """The Hessian of the sums, prepared for all columns that read what was summed.
 
     Args:
       total: from `placement.empty_sums` and `placement.accumulate`; gone afterwards where the placement reuses sums.
       config: the solver's settings, or a run's.
       placement: where the sums lie, and where the columns are solved.
+      pulled: whether the sums hold what the stage gives in the float model (`jgptq.run.batches.Observation.pull`).
 
     Returns:
       What `solve_stage` takes.
     """
     with _precision(config):
         residual_kd = _mean_residual(total, placement) if method_of(config).statistics.residual else None
-        return PreparedStage(prepare_program(placement)(total.without_residual(), config.solver, placement), residual_kd)
+        program = prepare_program(placement)
+        return PreparedStage(program(total.without_residual(), config.solver, placement, pulled=pulled), residual_kd)
 
 
 def prepare_program(placement: Placement) -> Any:
@@ -103,13 +107,13 @@ def prepare_program(placement: Placement) -> Any:
     return _prepare_over_sums if placement.reuses_sums else _prepare
 
 
-def _prepared(total: StageSums, config: SolverConfig, placement: Placement) -> Prepared:
+def _prepared(total: StageSums, config: SolverConfig, placement: Placement, *, pulled: bool) -> Prepared:
     means = placement.means(total)
-    return prepare(means.h_kk, config, means.drift_kk, placement=placement)
+    return prepare(means.h_kk, config, means.drift_kk, placement=placement, pulled=pulled)
 
 
-_prepare = jax.jit(_prepared, static_argnames=("config", "placement"))
-_prepare_over_sums = jax.jit(_prepared, static_argnames=("config", "placement"), donate_argnames="total")
+_prepare = jax.jit(_prepared, static_argnames=("config", "placement", "pulled"))
+_prepare_over_sums = jax.jit(_prepared, static_argnames=("config", "placement", "pulled"), donate_argnames="total")
 
 
 @functools.partial(jax.jit, static_argnames="placement")
@@ -160,7 +164,7 @@ def solve_stage(
 
 
 def stage_programs(
-    total: StageSums, config: SolverConfig, *, columns: int, dtype: jnp.dtype, placement: Placement
+    total: StageSums, config: SolverConfig, *, columns: int, dtype: jnp.dtype, placement: Placement, pulled: bool
 ) -> list[Callable[[], object]]:
     """What `prepare_stage` and `solve_stage` compile for all stages of a K and of these settings, each as a function to call.
 
@@ -170,15 +174,17 @@ def stage_programs(
       columns: width of a tile.
       dtype: of the expanded kernels.
       placement: where the sums lie.
+      pulled: as for `prepare_stage`.
     """
     sums = total.without_residual()
 
     def prepared() -> Prepared:
-        return jax.eval_shape(functools.partial(_prepared, config=config.solver, placement=placement), sums)
+        settled = functools.partial(_prepared, config=config.solver, placement=placement, pulled=pulled)
+        return jax.eval_shape(settled, sums)
 
     def compile_prepare() -> object:
         with _precision(config):
-            return prepare_program(placement).lower(sums, config.solver, placement).compile()
+            return prepare_program(placement).lower(sums, config.solver, placement, pulled=pulled).compile()
 
     def compile_solve() -> object:
         with _precision(config):
@@ -203,7 +209,7 @@ def _residuals(
     if prepared is None or not _reads_residual(config, prepared.shared, prepared.residual_kd):
         return [None] * len(starts)
     if prepared.residual_kd is None:
-        nothing_kn = jnp.asarray(np.zeros((prepared.shared.sequence.rows_k.shape[0], columns), np.float32))
+        nothing_kn = jax.device_put(np.zeros((prepared.shared.sequence.rows_k.shape[0], columns), np.float32))
         return [nothing_kn] * len(starts)
     return _cut((prepared.residual_kd,), starts, columns)
 

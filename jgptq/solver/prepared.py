@@ -13,7 +13,7 @@ from jgptq.solver.placement import Placement
 _ARRAYS = ["h_kk", "factor", "u_cbb", "drift_kk", "sequence", "damping", "outcome"]
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=_ARRAYS, meta_fields=["placement"])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=_ARRAYS, meta_fields=["placement", "pulled"])
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prepared:
     """A Hessian that `prepare` made ready for the columns that read it. Matrices lie where the placement has them."""
@@ -26,3 +26,4 @@ class Prepared:
     damping: Float[jax.Array, ""]  # fraction of the mean diagonal that was added
     outcome: Int[jax.Array, ""]  # an `Outcome`
     placement: Placement
+    pulled: bool = False  # whether residuals hold X^T X_f W; the drift's product with W is then what H W lacks to it

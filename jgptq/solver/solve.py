@@ -22,7 +22,9 @@ from jgptq.solver.prepared import Prepared
 from jgptq.solver.solution import Solution, diagnose, round_to_nearest
 
 
-def prepare(h_kk: Any, config: SolverConfig, drift_kk: Any = None, *, placement: Placement = ONE_DEVICE) -> Prepared:
+def prepare(
+    h_kk: Any, config: SolverConfig, drift_kk: Any = None, *, placement: Placement = ONE_DEVICE, pulled: bool = False
+) -> Prepared:
     """Orders the rows of K and factors the damped Hessian once for all columns.
 
     Args:
@@ -30,6 +32,8 @@ def prepare(h_kk: Any, config: SolverConfig, drift_kk: Any = None, *, placement:
       config: group size, method, order, damping, float64.
       drift_kk: `2/T X^T (X_f - X)` of the same means, for the shift of targets and the asymmetric methods; None solves without.
       placement: where the matrices lie: `jgptq.solver.ONE_DEVICE`, or `jgptq.solver.mesh.OnMesh`.
+      pulled: whether the columns' residuals hold `a/b X^T X_f W` as well, in place of a drift_kk
+        (`jgptq.solver.codes.target`).
 
     Returns:
       What `solve_columns` takes.
@@ -48,7 +52,7 @@ def prepare(h_kk: Any, config: SolverConfig, drift_kk: Any = None, *, placement:
     h_kk = placement.cast(h_kk, dtype)
     drift_kk = placement.cast(drift_kk, dtype) if reads.drift and drift_kk is not None else None
     factor, shared = _factored(h_kk, drift_kk, config, placement)
-    return Prepared(h_kk=h_kk, factor=factor, drift_kk=drift_kk, placement=placement, **shared._asdict())
+    return Prepared(h_kk=h_kk, factor=factor, drift_kk=drift_kk, placement=placement, pulled=pulled, **shared._asdict())
 
 
 class _Shared(NamedTuple):

@@ -12,8 +12,8 @@ import tiny
 import jgptq
 from jgptq.errors import CalibrationError, ConfigError, NumericalError
 from jgptq.models import RESIDUAL, Block
-from jgptq.models.packed import PackedTensor
-from jgptq.run import tiles
+from jgptq.models.packed import PackedTensor, unpack
+from jgptq.run import plan, tiles
 from jgptq.solver import solve
 from jgptq.solver.statistics.hessian import accumulate, empty, hessian
 
@@ -246,3 +246,28 @@ def test_what_the_residual_stream_lost_is_made_up_for_whatever_the_inputs_count(
         return np.concatenate([np.asarray(block.mlp.down_proj.kernel.get_value().qweight) for block in quantized.layers])
 
     assert not np.array_equal(codes(0.0), codes(1.0))
+
+
+@pytest.mark.parametrize("changes", [{}, tiny.OPT], ids=["llama", "opt"])
+def test_what_a_stage_gives_in_the_float_model_serves_as_the_drift_of_its_inputs(monkeypatch: pytest.MonkeyPatch, changes: dict):
+    """Of a linear that is narrower than its inputs one sum is enough; with the drift of the inputs as a sum of its own, codes
+    are the same but for ties."""
+    params, plan_stage = tiny.decoder(**changes), plan._plan_stage
+    for linear in params.layers[0].linears().values():
+        if linear.bias is not None:
+            linear.bias.set_value(jnp.arange(len(linear.bias.get_value())) / 32)
+
+    def codes() -> np.ndarray:
+        """Of the first block: those of the second would follow each tie of the first."""
+        quantized, _ = jgptq.quantize(params, tiny.tokens(), **SETTINGS)
+        kernels = [linear.kernel.get_value() for linear in quantized.layers[0].linears().values()]
+        return np.concatenate([np.asarray(unpack(kernel)[0]).reshape(-1) for kernel in kernels])
+
+    def pulls() -> list[bool]:
+        return [stage.pulls for stage in plan.plan_run(params, jgptq.QuantizeConfig(**SETTINGS)).plans[0]]
+
+    assert pulls() == [False, False, False, True]
+    pulled = codes()
+    monkeypatch.setattr(plan, "_plan_stage", lambda *args: dataclasses.replace(plan_stage(*args), pulls=False))
+    assert pulls() == [False] * 4
+    assert np.mean(pulled != codes()) < 0.01

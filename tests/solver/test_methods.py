@@ -9,11 +9,11 @@ import oracles
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import DAMPING, K, N, Problem, assert_solves, config, double, most_important_first, solved
+from problems import DAMPING, K, N, Problem, T, assert_solves, config, double, most_important_first, solved
 
 from jgptq.errors import ConfigError
 from jgptq.settings.run import QuantizeConfig
-from jgptq.solver import solve
+from jgptq.solver import judge_columns, prepare, solve
 from jgptq.solver.codes import compensate as COMPENSATE
 from jgptq.solver.codes.grid import GridSpec
 from jgptq.solver.codes.sequence import inverse_permutation, row_sequence
@@ -131,7 +131,7 @@ def test_the_shifted_target_is_the_least_squares_solution(problem: Problem, a: f
         r_kk = upper_factor(jnp.asarray(oracles.damped(problem.h_kk, DAMPING)), jnp.zeros(()))
         w_kn, drift_kk, residual_kn = (jnp.asarray(part) for part in (problem.w_kn, problem.drift_kk, problem.residual_kn))
         inverse_times = functools.partial(inverse_product, r_kk)
-        shifted_kn = np.asarray(shifted_target(w_kn, inverse_times, WholeMatrix(drift_kk), residual_kn, a, b))
+        shifted_kn = np.asarray(shifted_target(w_kn, inverse_times, drift_kk @ w_kn, residual_kn, a, b))
     assert shifted_kn.shape == (K, N)
     assert np.linalg.norm(shifted_kn - problem.w_kn) > 1e-3 * np.linalg.norm(problem.w_kn)
     np.testing.assert_allclose(shifted_kn, target(problem, a, b, DAMPING), atol=1e-9)
@@ -148,8 +148,20 @@ def test_a_target_without_a_shift_is_the_kernel(problem: Problem):
     w_kn, drift_kk, residual_kn = (
         jnp.asarray(part, jnp.float32) for part in (problem.w_kn, problem.drift_kk, problem.residual_kn)
     )
-    np.testing.assert_array_equal(shifted_target(w_kn, inverse_times, WholeMatrix(drift_kk), residual_kn, 0.0, 0.0), w_kn)
+    np.testing.assert_array_equal(shifted_target(w_kn, inverse_times, drift_kk @ w_kn, residual_kn, 0.0, 0.0), w_kn)
     np.testing.assert_array_equal(shifted_target(w_kn, inverse_times, None, None, 1.0, 1.0), w_kn)
+
+
+def test_what_the_float_model_gives_stands_in_for_the_drift_of_the_inputs(problem: Problem):
+    used = config("shifted")
+    given_kn = 2 / T * problem.x_tk.T @ (problem.float_tk @ problem.w_kn)
+    residual_kn = problem.residual_kn + used.target_shift / used.residual_shift * given_kn
+    with double():
+        prepared = prepare(jnp.asarray(problem.h_kk), used, pulled=True)
+        solution = judge_columns(jnp.asarray(problem.w_kn), prepared, used, jnp.asarray(residual_kn))
+    expected = solved("shifted", problem)
+    np.testing.assert_array_equal(solution.codes_kn, expected.codes_kn)
+    np.testing.assert_allclose(solution.loss_n, expected.loss_n, rtol=1e-9)
 
 
 def test_a_solve_with_drift_and_residual_is_obq_on_the_shifted_target(problem: Problem):

@@ -199,7 +199,7 @@ def programs() -> dict[str, np.ndarray]:
             "accumulate": slabs.accumulate.lower(slabs.SlabSum(h, jnp.int32(0)), tokens[0]),
             "accumulate drift": slabs.accumulate_drift.lower(drift, *tokens),
             "prepare": prepare_program(placement).lower(
-                StageSums(slabs.SlabSum(h, jnp.int32(0)), drift.without_residual()), config.solver, placement
+                StageSums(slabs.SlabSum(h, jnp.int32(0)), drift.without_residual()), config.solver, placement, pulled=False
             ),
             "factor": jax.jit(lambda h, drift: factored(h, drift, config, placement)).lower(h, h),
         }

@@ -25,6 +25,7 @@ class Problem:
     u_cbb: Float[jax.Array, "C B B"]  # L_BB^-T of each block of the loop
     sequence: Sequence
     drift: Matrix | None  # 2/T X^T (X_f - X), in file order
+    pulled: bool  # `jgptq.solver.prepared.Prepared.pulled`
     after: Callable[[jax.Array, jax.Array], jax.Array]  # `jgptq.solver.placement.Placement.after`
 
     @classmethod
@@ -49,8 +50,15 @@ class Problem:
             u_cbb=prepared.u_cbb,
             sequence=prepared.sequence,
             drift=None if prepared.drift_kk is None else placement.matrix(prepared.drift_kk),
+            pulled=prepared.pulled,
             after=placement.after,
         )
+
+    def drift_times(self, w_kn: Float[jax.Array, "K N"]) -> Float[jax.Array, "K N"] | None:
+        """`C W`, without `2/T X^T X_f W` where residuals hold that; None where no drift is known."""
+        if self.pulled:
+            return -self.h.times(w_kn)
+        return None if self.drift is None else self.drift.times(w_kn)
 
     def inverse_times(self, b_kn: Float[jax.Array, "K N"]) -> Float[jax.Array, "K N"]:
         """`(H + lambda I)^-1 B`, in file order."""

@@ -6,13 +6,12 @@ import jax
 import jax.numpy as jnp
 
 from jgptq.notation import Float
-from jgptq.solver.placement import Matrix
 
 
 def shifted_target(
     w_kn: Float[jax.Array, "K N"],
     inverse_times: Callable[[jax.Array], jax.Array],
-    drift: Matrix | None,
+    drift_kn: Float[jax.Array, "K N"] | None,
     residual_kn: Float[jax.Array, "K N"] | None,
     target_shift: float,
     residual_shift: float = 0.0,
@@ -25,10 +24,13 @@ def shifted_target(
     solver for Q serves. GPTAQ (arXiv 2504.02692) and Qronos (arXiv 2505.11695) correct the inputs inside of their loops; D as
     well is ours.
 
+    A C W is `2/T X^T X_f W - H W`, and X_f W is what the float model computes in any case: where `2/T X^T (D + a/b X_f W)` is
+    summed in place of R, -H W takes the place of C W, and C is never summed.
+
     Args:
       w_kn: the kernel `[K, N]`.
       inverse_times: `(H + lambda)^-1 B` for a B `[K, N]`.
-      drift: C; None counts as zeros.
+      drift_kn: C W; None counts as zeros.
       residual_kn: R; None counts as zeros.
       target_shift: a.
       residual_shift: b.
@@ -36,11 +38,11 @@ def shifted_target(
     Returns:
       W'.
     """
-    if (drift is None or not target_shift) and (residual_kn is None or not residual_shift):
+    if (drift_kn is None or not target_shift) and (residual_kn is None or not residual_shift):
         return w_kn
     pull_kn = jnp.zeros_like(w_kn)
-    if drift is not None and target_shift:
-        pull_kn = pull_kn + target_shift * drift.times(w_kn)
+    if drift_kn is not None and target_shift:
+        pull_kn = pull_kn + target_shift * drift_kn
     if residual_kn is not None and residual_shift:
         pull_kn = pull_kn + residual_shift * residual_kn
     return w_kn + inverse_times(pull_kn)

@@ -51,9 +51,8 @@ class Compensating(abc.ABC):
         """`jgptq.solver.methods.base.Method.quantize`."""
         problem = Problem.of(prepared)
         w_kn = prepared.placement.after(w_kn, problem.diag_k)
-        target_kn = shifted_target(
-            w_kn, problem.inverse_times, problem.drift, residual_kn, self.target_shift, self.residual_shift
-        )
+        drift_kn = problem.drift_times(w_kn) if self.target_shift else None
+        target_kn = shifted_target(w_kn, problem.inverse_times, drift_kn, residual_kn, self.target_shift, self.residual_shift)
         return self.run_loop(w_kn, target_kn, problem)
 
     @abc.abstractmethod
