@@ -187,7 +187,7 @@ def model_warnings(model: ModelConfig) -> list[str]:
     head = checkpoint_name(HEAD, model.model_type)
     if head != HEAD and not model.tie_word_embeddings:
         sentences.append(
-            f"GPTQModel 7.6 with transformers 5 does not read {head}, and gives logits of zero without an error; it reads the same "
+            f"GPTQModel 7.6 with transformers 5 does not read {head}, and gives logits of zero without an error; it reads these "
             f"tensors under the name {HEAD}"
         )
     return sentences
