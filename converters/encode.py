@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from converters.names import LEAVES
+from converters.names import NameRule
 from converters.shards import TensorSpec
 from jgptq.errors import ConfigError
 from jgptq.models.packed import PackedTensor
@@ -12,9 +12,8 @@ from jgptq.settings.sizes import group_rows
 _INT32, _FLOAT16 = np.dtype(np.int32), np.dtype(np.float16)
 
 
-def float_specs(name: str, attribute: str, shape: tuple[int, ...], dtype: np.dtype) -> list[TensorSpec]:
-    """The plan for a float leaf of this shape in Flax: Torch's layout in the file."""
-    rule = LEAVES[attribute]
+def float_specs(name: str, rule: NameRule, shape: tuple[int, ...], dtype: np.dtype) -> list[TensorSpec]:
+    """The plan for a float leaf of this shape in Flax."""
     return [TensorSpec(f"{name}.{rule.suffix}", np.dtype(dtype), tuple(shape[::-1] if rule.transposed else shape))]
 
 
@@ -32,9 +31,8 @@ def packed_specs(
     ]
 
 
-def encode_float(name: str, attribute: str, leaf: Array | PackedTensor, dtype: np.dtype | None = None) -> dict[str, np.ndarray]:
+def encode_float(name: str, rule: NameRule, leaf: Array | PackedTensor, dtype: np.dtype | None = None) -> dict[str, np.ndarray]:
     """The tensor of a float leaf; a packed kernel is expanded and rounded to `dtype`."""
-    rule = LEAVES[attribute]
     array = np.asarray(leaf.dequantize() if isinstance(leaf, PackedTensor) else leaf)
     if dtype is not None:
         array = array.astype(dtype)

@@ -22,6 +22,7 @@ GPTQMODEL_GROUPS = (-1, 16, 32, 64, 128, 256, 512, 1024)
 """Group sizes that readers accept."""
 
 HEAD = "lm_head"
+"""Path of the output projection in the decoder."""
 
 MOST_REPEATS = 4
 """Repeats (`*`, `+`, `{}`) that a pattern of a file's rules may have."""
@@ -98,7 +99,7 @@ def dynamic_rules(
         if changes == () or (path == HEAD and changes is None):  # a head is float unless it is declared
             continue
         if path == HEAD:
-            rules["+:^lm_head$"] = dict(changes or ())
+            rules[f"+:^{re.escape(checkpoint_name(HEAD, model.model_type))}$"] = dict(changes or ())
         else:
             _, index, kind = path.split(".", 2)
             where.setdefault((kind, changes), []).append(int(index))
@@ -186,6 +187,22 @@ def reader_warnings(config: QuantizeConfig, file_format: str) -> list[str]:
             "error; GPTQModel and vLLM read both"
         )
     return list(dict.fromkeys(sentences))
+
+
+def model_warnings(model: ModelConfig) -> list[str]:
+    """Sentences on who does not load quantized files of an architecture as transformers names their tensors."""
+    sentences = []
+    if model.gate_up_fused:
+        sentences.append(
+            "GPTQModel 7.6 refuses a fused gate_up_proj, which is transformers' name; it asks for gate_proj and up_proj"
+        )
+    head = checkpoint_name(HEAD, model.model_type)
+    if head != HEAD and not model.tie_word_embeddings:
+        sentences.append(
+            f"GPTQModel 7.6 with transformers 5 does not read {head}, and gives logits of zero without an error; it reads these "
+            f"tensors under the name {HEAD}"
+        )
+    return sentences
 
 
 def _refusals(config: SolverConfig) -> list[str]:

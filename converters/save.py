@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from converters.encode import encode_float, encode_packed, float_specs, packed_specs
-from converters.names import leaves
-from converters.quantization import Format, check_format, quantization_config, reader_warnings
+from converters.names import leaves, stored_rule
+from converters.quantization import Format, check_format, model_warnings, quantization_config, reader_warnings
 from converters.shards import JOURNAL, ShardWriter, TensorSpec, partial_folder, refuse_existing
 from jgptq.errors import ConfigError, OutputError
 from jgptq.models import Decoder, checkpoint_name, config_to_hf
@@ -69,7 +69,8 @@ def save_hf(
         raise ConfigError("the decoder holds no packed kernels; quantize it first, or write it with format='float'")
     if params.quantization is not None:
         check_format(format, params.quantization)
-        for warning in reader_warnings(params.quantization, format):
+        of_model = [] if format == "float" else model_warnings(params.config)
+        for warning in reader_warnings(params.quantization, format) + of_model:
             warnings.warn(warning, UserWarning, stacklevel=2)
     writer = ShardWriter(out, _specs(params, format), max_shard_size=max_shard_size)
     for path, module, attribute in leaves(params):
@@ -85,7 +86,8 @@ def encode_leaf(params: Decoder, path: str, attribute: str, leaf: Any, file_form
     name = checkpoint_name(path, params.config.model_type)
     if isinstance(leaf, PackedTensor) and file_format != "float":
         return encode_packed(name, leaf, file_format)
-    return encode_float(name, attribute, leaf, _expanded_dtype(params) if isinstance(leaf, PackedTensor) else None)
+    rule = stored_rule(path, attribute, params.config.model_type)
+    return encode_float(name, rule, leaf, _expanded_dtype(params) if isinstance(leaf, PackedTensor) else None)
 
 
 def write_settings(writer: ShardWriter, params: Decoder, file_format: str) -> None:
@@ -135,11 +137,11 @@ def _specs(params: Decoder, file_format: str) -> list[TensorSpec]:
     specs = []
     for path, module, attribute in leaves(params):
         leaf = getattr(module, attribute).get_value()
-        name = checkpoint_name(path, params.config.model_type)
+        name, rule = checkpoint_name(path, params.config.model_type), stored_rule(path, attribute, params.config.model_type)
         if not isinstance(leaf, PackedTensor):
-            specs += float_specs(name, attribute, leaf.shape, leaf.dtype)
+            specs += float_specs(name, rule, leaf.shape, leaf.dtype)
         elif file_format == "float":
-            specs += float_specs(name, attribute, leaf.shape, _expanded_dtype(params))
+            specs += float_specs(name, rule, leaf.shape, _expanded_dtype(params))
         else:
             specs += packed_specs(name, leaf.shape, leaf.bits, leaf.group_size, np.dtype(leaf.scales.dtype))
     return specs

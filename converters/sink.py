@@ -15,8 +15,8 @@ from safetensors.numpy import save
 from converters.checkpoint import Checkpoint
 from converters.encode import float_specs, packed_specs
 from converters.load import load_unit
-from converters.names import leaves, unit_leaves
-from converters.quantization import HEAD, Format, check_format, quantization_config, reader_warnings
+from converters.names import leaves, stored_rule, unit_leaves
+from converters.quantization import HEAD, Format, check_format, model_warnings, quantization_config, reader_warnings
 from converters.reading.entry import TensorEntry
 from converters.reading.safetensors_header import read_header
 from converters.save import encode_leaf, write_settings
@@ -68,7 +68,7 @@ class FolderSink:
         check_format(file_format, config)
         if file_format == "float":
             raise ConfigError("a quantized run is written as 'gptq' or 'gptq_v2'; use save_hf for a float folder")
-        for warning in reader_warnings(config, file_format):
+        for warning in reader_warnings(config, file_format) + model_warnings(params.config):
             warnings.warn(warning, UserWarning, stacklevel=2)
         self._params, self._config, self._format = params, config, file_format
         self._max_shard_size = parse_size(max_shard_size)
@@ -189,7 +189,8 @@ class FolderSink:
             if attribute == "kernel" and settings is not None:
                 specs += packed_specs(name, leaf.shape, settings.bits, settings.group_size)
             else:
-                specs += float_specs(name, attribute, leaf.shape, leaf.dtype)
+                rule = stored_rule(path, attribute, self._params.config.model_type)
+                specs += float_specs(name, rule, leaf.shape, leaf.dtype)
         return specs
 
     def _check_journal(self, overwrite: bool) -> bool:

@@ -92,8 +92,8 @@ def _add(unit: Unit, outputs: list[jax.Array], stream: jax.Array, norm: Norm | N
 
 
 STEPS: Mapping[str, Callable[..., jax.Array]] = {
-    "attention": lambda block, outputs, _, norm: block.self_attn.mix(*outputs),
-    "gate": lambda block, outputs, _, norm: block.mlp.activate(outputs[0]) * outputs[1],
+    "attention": lambda block, outputs, _, norm: block.self_attn.mix(*block.self_attn.parts(outputs)),
+    "gate": lambda block, outputs, _, norm: block.mlp.gated(outputs),
     "activation": lambda block, outputs, _, norm: block.mlp.activate(outputs[0]),
     "add": _add,
     "add_scaled": lambda unit, outputs, stream, norm: stream + outputs[0] * unit.config.residual_multiplier,
@@ -109,11 +109,15 @@ class Block(Unit):
 
     With r the residual stream, the block's form says where the norms of a sublayer f stand:
 
-        pre       r + f(norm(r))
-        parallel  r + attention(norm(r)) + mlp(norm(r)), one norm for both
-        post      norm(r + f(r))
-        output    r + norm(f(r))
-        sandwich  r + out_norm(f(norm(r)))
+        pre                 r + f(norm(r))
+        parallel            r + attention(norm(r)) + mlp(norm(r)), one norm for both
+        parallel_two_norms  r + attention(attn_norm(r)) + mlp(mlp_norm(r))
+        post                norm(r + f(r))
+        output              r + norm(f(r))
+        sandwich            r + out_norm(f(norm(r)))
+
+    Both sublayers of a parallel block read the r that the block began with: its stages open the MLP before attention adds to the
+    stream.
 
     Args:
       config: the decoder's switches.

@@ -44,6 +44,7 @@ class Decoder(nnx.Module):
         self.embed_tokens = Embedding(config.vocab_size, width, rngs=rngs)
         self.embed_positions = Embedding(rows, config.hidden_size, rngs=rngs) if learned else None
         self.project_in = Linear(width, config.hidden_size, rngs=rngs) if config.projects else None
+        self.embed_norm = make_norm(config) if config.embedding_norm else None
         self.layers = nnx.List([Block(config, layer, rngs=rngs) for layer in config.layers])
         self.norm = make_norm(config) if config.has_final_norm else None
         self.project_out = Linear(config.hidden_size, width, rngs=rngs) if config.projects else None
@@ -79,7 +80,7 @@ class Decoder(nnx.Module):
                 raise CalibrationError(f"expected sequences of at most {most} positions, found {length}; try a smaller seq_len")
             places = jnp.arange(length)[None, :] + config.positions.offset
             residual = residual + self.embed_positions(places, dtype)
-        return residual
+        return residual if self.embed_norm is None else self.embed_norm(residual)
 
     def logits(self, residual: Float[jax.Array, "b S D"]) -> Float[jax.Array, "b S V"]:
         """Float32 logits from the residual stream after the last block."""
@@ -96,7 +97,7 @@ class Decoder(nnx.Module):
 
     def before(self) -> dict[str, nnx.Module]:
         """The modules before the blocks, by name."""
-        return self._present("embed_tokens", "embed_positions", "project_in")
+        return self._present("embed_tokens", "embed_positions", "project_in", "embed_norm")
 
     def after(self) -> dict[str, nnx.Module]:
         """The modules after the blocks, by name."""
@@ -106,7 +107,7 @@ class Decoder(nnx.Module):
         return {name: module for name in names if (module := getattr(self, name)) is not None}
 
     def norms(self) -> dict[str, Norm]:
-        """The norms outside of the blocks, by path."""
+        """The norms after the blocks, by path."""
         return {} if self.norm is None else {"norm": self.norm}
 
     def embedder(self) -> "Decoder":

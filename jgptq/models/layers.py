@@ -1,6 +1,7 @@
 """The small layers that a decoder is built of. A leaf may be a device array, a host array or a view of a mapped file."""
 
 import itertools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +52,12 @@ class Fused(nnx.Module):
 
     def __call__(self, h: Float[jax.Array, "*batch K"]) -> list[jax.Array]:
         """What each linear gives, `[*batch, N]`."""
-        return jnp.split(self.linear(h), list(itertools.accumulate(self.widths[:-1])), axis=-1)
+        return split_features(self.linear(h), self.widths)
+
+
+def split_features(y: Float[jax.Array, "*batch N"], widths: Sequence[int]) -> list[jax.Array]:
+    """Parts of these widths that lie side by side along the last axis."""
+    return jnp.split(y, list(itertools.accumulate(widths[:-1])), axis=-1)
 
 
 class RMSNorm(nnx.Module):

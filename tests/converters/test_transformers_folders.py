@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
-from twins import ROWS, twin
+from twins import ROWS, logits, logits_of, twin
 
 from converters import load_hf, save_hf
 from converters.checkpoint import SINGLE
@@ -19,6 +19,7 @@ def test_a_folder_of_transformers_is_read_and_written_back_tensor_for_tensor(tmp
     loaded = load_hf(tmp_path / "theirs")
     theirs = safetensors.numpy.load_file(tmp_path / "theirs" / SINGLE)
     ours = safetensors.numpy.load_file(save_hf(loaded, tmp_path / "ours", format="float") / SINGLE)
+    np.testing.assert_array_equal(logits(loaded), logits_of(row))
     assert loaded.config == config_from_hf(ROWS[row][0])
     assert ours.keys() == theirs.keys()
     for name, array in theirs.items():

@@ -13,12 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rows.common import SIZES, SLIDING, hf_dict
 from rows.dense import MULTIPLIERS
+from rows.fused import BLOOM, GPT2
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from twins import LONG, ROPE_TYPES, ROWS, torch_config, twin
 
 from jgptq.errors import ArchitectureError, CheckpointError
-from jgptq.models import FAMILIES, LearnedPositions, ModelConfig, RopeConfig, config_from_hf, config_to_hf
+from jgptq.models import FAMILIES, AlibiPositions, LearnedPositions, ModelConfig, RopeConfig, config_from_hf, config_to_hf
+from jgptq.models.architecture.config import Positions
+from jgptq.models.architecture.row import REQUIRED, Family, Key
 from jgptq.models.rotary import rotary_tables
+
+MODEL_TYPES = {family.model_type or name for name, family in FAMILIES.items()}
 
 
 def torch_windows(config: transformers.PretrainedConfig) -> tuple[int | None, ...]:
@@ -32,21 +37,28 @@ def torch_windows(config: transformers.PretrainedConfig) -> tuple[int | None, ..
 def test_the_forms_that_transformers_writes_read_like_the_old_one(name):
     config, old = twin(name).config, config_from_hf(ROWS[name][0])
     file = json.loads(config.to_json_string())  # what save_pretrained writes
-    assert not {"rope_scaling", "rope_theta"} & file.keys()
+    assert not {"rope_scaling", "rope_theta", "rotary_pct", "rotary_emb_base"} & file.keys()
     assert config_from_hf(file) == old
     assert config_from_hf(config.to_dict()) == old
     assert torch_windows(config) == old.layer_windows
 
 
-WIDE = {**SIZES, "hidden_size": 1280, "num_attention_heads": 160}  # a multiple of every default number of key-value heads
+@pytest.mark.parametrize("name", ROWS)
+def test_what_config_to_hf_writes_of_a_row_is_read_back(name):
+    config = config_from_hf(ROWS[name][0])
+    assert config_from_hf(json.loads(json.dumps(config_to_hf(config)))) == config
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_silent_config_gets_the_defaults_of_transformers(family):
-    sizes = {FAMILIES[family].keys[name].name: size for name, size in WIDE.items()}
-    silent = {"model_type": family, **sizes}
+    row = FAMILIES[family]
+    heads = 16 if row.rotary_dim is not None else 160  # a multiple of every default number of key-value heads
+    asked = {**SIZES, "hidden_size": 1280, "num_attention_heads": heads, "num_key_value_heads": None}
+    sizes = {row.keys[name].name: size for name, size in asked.items() if name in row.keys and row.keys[name].default is REQUIRED}
+    form = {key: values[0] for key, values in row.where.items() if None not in values}
+    silent = {"model_type": row.model_type or family, **sizes, **form}
     yarn, windows = {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, {"use_sliding_window": True, "max_window_layers": 1}
-    yarn = yarn if FAMILIES[family].positions == "rotary" and FAMILIES[family].rotary_dim is None else {}
+    yarn = yarn if row.positions == "rotary" and row.rotary_dim is None and "yarn" not in row.rope_types else {}
     for hf in (silent, silent | yarn, silent | windows):
         config, ours = torch_config(hf), config_from_hf(hf)
         assert ours == config_from_hf(config.to_dict())
@@ -63,8 +75,9 @@ def test_rope_scaling_wins_over_rope_parameters_as_in_transformers():
 @pytest.mark.parametrize(
     ("changes", "error", "words"),
     [
-        ({"model_type": "gpt2"}, ArchitectureError, ["'gpt2'", *FAMILIES]),
-        ({"model_type": None}, ArchitectureError, ["None", *FAMILIES]),
+        ({"model_type": "mamba"}, ArchitectureError, ["'mamba'", *MODEL_TYPES]),
+        ({"model_type": None}, ArchitectureError, ["None", *MODEL_TYPES]),
+        ({"model_type": "falcon_grouped"}, ArchitectureError, ["'falcon_grouped' is not known", *MODEL_TYPES]),
         ({"rope_scaling": {"type": "su"}}, ArchitectureError, ["'su'", *ROPE_TYPES]),
         ({"partial_rotary_factor": 0.5}, ArchitectureError, ["partial_rotary_factor"]),
         ({"rope_scaling": {"type": "linear"}}, CheckpointError, ["'linear'", "factor"]),
@@ -90,6 +103,29 @@ def test_rope_scaling_wins_over_rope_parameters_as_in_transformers():
         ({"no_rope_layers": [1, 0]}, ArchitectureError, ["no_rope_layers null", "'llama'"]),
         ({"model_type": "smollm3", "no_rope_layers": [1]}, CheckpointError, ["no_rope_layers", "2 blocks, found 1"]),
         ({"model_type": "opt"}, CheckpointError, ["ffn_dim missing"]),
+        ({"model_type": "gpt2", "hidden_size": None}, CheckpointError, ["n_embd missing; is this the config of a gpt2 model"]),
+        (
+            {"model_type": "gpt2", **GPT2, "scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True},
+            ArchitectureError,
+            ["scale_attn_by_inverse_layer_idx False, found True", "reorder_and_upcast_attn False, found True"],
+        ),
+        (
+            {"model_type": "gpt2", **GPT2, "scale_attn_weights": False},
+            ArchitectureError,
+            ["scale_attn_weights True, found False"],
+        ),
+        ({"model_type": "gpt2", **GPT2, "add_cross_attention": True}, ArchitectureError, ["add_cross_attention False"]),
+        (
+            {**BLOOM, "apply_residual_connection_post_layernorm": True},
+            ArchitectureError,
+            ["apply_residual_connection_post_layernorm False, found True", "'bloom'"],
+        ),
+        (
+            {"model_type": "falcon", "new_decoder_architecture": True, "parallel_attn": False},
+            ArchitectureError,
+            ["'falcon'", "new_decoder_architecture True", "parallel_attn False", "num_ln_in_parallel_attn None"],
+        ),
+        ({"model_type": "falcon", "num_ln_in_parallel_attn": 2}, ArchitectureError, ["num_ln_in_parallel_attn 2"]),
         ({"model_type": "opt", "ffn_dim": 96, "activation_function": "mish"}, ArchitectureError, ["activation_function 'mish'"]),
         ({"model_type": "qwen2", **SLIDING, "layer_types": ["full_attention"]}, ArchitectureError, ["layer_types", "2"]),
         ({"model_type": "qwen3", **SLIDING, "layer_types": ["linear_attention"] * 2}, ArchitectureError, ["linear_attention"]),
@@ -160,6 +196,8 @@ def configs(draw) -> ModelConfig:
     family = FAMILIES[name]
     heads, kv, blocks = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([1, 2])), draw(st.integers(1, 4))
     sizes = SIZES | {"hidden_size": 16 * heads * kv, "num_hidden_layers": blocks, "num_attention_heads": heads * kv}
+    if "intermediate_size" not in family.keys:
+        sizes["intermediate_size"] = 4 * sizes["hidden_size"]
     head_dim = draw(st.sampled_from([8, 32])) if "head_dim" in family.keys else 16
     window = st.sampled_from([None, 7])
     windows = st.just([None] * blocks)
@@ -172,24 +210,38 @@ def configs(draw) -> ModelConfig:
     switches |= {switch: by_key[family.keys[switch].name] for switch in biases}
     for switch in {"block_form", "qk_norm"} & family.keys.keys():
         switches[switch] = draw(st.sampled_from(list(family.keys[switch].values.values())))
-    part = 1.0 if family.partial_rotary is None else draw(st.sampled_from([0.5, 1.0]))
-    positions = dataclasses.replace(draw(ropes(int(head_dim * part))), partial_rotary_factor=part)
-    if family.positions == "learned":
-        positions = LearnedPositions(max_position_embeddings=draw(st.sampled_from([8, 512])), offset=2)
-    if family.local_theta is not None:
-        positions = dataclasses.replace(positions, truncate=True)  # transformers reads it where it does not write it
-    if family.rotary_dim is not None:
-        positions = RopeConfig(partial_rotary_factor=draw(st.sampled_from([4, 10, 16])) / head_dim, max_position_embeddings=8)
-    layer_windows = tuple(draw(windows))
+    switches |= {
+        "head_dim": head_dim,
+        "num_key_value_heads": kv if "num_key_value_heads" in family.keys else heads * kv,
+        "hidden_act": draw(st.sampled_from(["relu", "gelu_pytorch_tanh"])),
+    }
+    positions, layer_windows = draw(positions_of(family, head_dim)), tuple(draw(windows))
     return ModelConfig(
-        **{"model_type": name, **sizes, **family.fixed, **switches, "head_dim": head_dim},
-        num_key_value_heads=kv if "num_key_value_heads" in family.keys else heads * kv,
-        hidden_act=draw(st.sampled_from(["relu", "gelu_pytorch_tanh"])),
+        **{"model_type": name, **sizes, **switches, **family.fixed},
         dtype=draw(st.sampled_from(["float32", "bfloat16"])),
         positions=positions,
         layer_windows=layer_windows,
         layer_ropes=draw(layer_ropes(family, positions, layer_windows, head_dim)),
     )
+
+
+@st.composite
+def positions_of(draw, family: Family, head_dim: int) -> Positions:
+    """Any positions that models of a family can have."""
+    kind = (
+        draw(st.sampled_from(list(family.positions.values.values()))) if isinstance(family.positions, Key) else family.positions
+    )
+    most = draw(st.sampled_from([8, 512]))
+    if kind == "learned":
+        return LearnedPositions(max_position_embeddings=most, offset=family.position_offset)
+    if kind == "alibi":
+        return AlibiPositions(max_position_embeddings=most, **family.alibi)
+    if family.rotary_dim is not None:
+        return RopeConfig(partial_rotary_factor=draw(st.sampled_from([4, 10, 16])) / head_dim, max_position_embeddings=most)
+    part = 1.0 if family.partial_rotary is None else draw(st.sampled_from([0.5, 1.0]))
+    rope = dataclasses.replace(draw(ropes(int(head_dim * part))), partial_rotary_factor=part)
+    # Where there are settings of kinds of blocks, transformers reads `truncate` and does not write it.
+    return rope if family.local_theta is None else dataclasses.replace(rope, truncate=True)
 
 
 @st.composite
@@ -215,7 +267,7 @@ def test_what_config_to_hf_writes_we_and_transformers_read_back(config, length):
     assert config_from_hf(file) == config
     theirs = torch_config(file)
     assert torch_windows(theirs) == config.layer_windows
-    assert theirs.architectures == [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
+    assert theirs.architectures == [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[theirs.model_type]]
     if not isinstance(config.positions, RopeConfig) or FAMILIES[config.model_type].rotary_dim is not None:
         return
     for window, rope in {(layer.window is not None, layer.rope) for layer in config.layers if layer.rope is not None}:

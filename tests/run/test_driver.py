@@ -43,6 +43,9 @@ FORMS = {
     "phi": tiny.PHI,
     "olmo": tiny.OLMO,
     "smollm3": tiny.SMOLLM3,
+    "gpt2": tiny.GPT2,
+    "gpt-neox": tiny.NEOX,
+    "phi3": tiny.PHI3,
 }
 
 

@@ -6,10 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors.numpy
 from flax import nnx
 
 from converters import save_hf
-from jgptq.models import Decoder, LearnedPositions, ModelConfig, RopeConfig
+from converters.checkpoint import SINGLE
+from jgptq.models import FAMILIES, AlibiPositions, Decoder, LearnedPositions, ModelConfig, RopeConfig
 
 VOCAB, SEQ_LEN = 96, 16
 
@@ -116,6 +118,44 @@ NEMOTRON = {
 """A Nemotron: layer norms that store their distance from one, squared ReLU."""
 
 
+def _of(model_type: str, **changes: Any) -> dict[str, Any]:
+    return {"model_type": model_type, **FAMILIES[model_type].fixed, **changes}
+
+
+GPT2 = _of(
+    "gpt2",
+    num_key_value_heads=4,
+    hidden_act="gelu_new",
+    positions=LearnedPositions(max_position_embeddings=32),
+    tie_word_embeddings=True,
+)
+"""What makes a GPT-2 of a tiny decoder: one linear for queries, keys and values, and kernels that files do not transpose."""
+NEOX = _of(
+    "gpt_neox",
+    num_key_value_heads=4,
+    hidden_act="gelu",
+    block_form="parallel_two_norms",
+    positions=RopeConfig(partial_rotary_factor=0.25),
+    qkv_bias=True,
+    o_bias=True,
+)
+"""A GPT-NeoX: two norms of the same stream, and an output projection of its own name."""
+BLOOM = _of(
+    "bloom",
+    num_key_value_heads=4,
+    intermediate_size=256,
+    positions=AlibiPositions(max_position_embeddings=2048),
+    tie_word_embeddings=True,
+)
+"""A BLOOM: ALiBi, and a norm of the token vectors."""
+FALCON = _of("falcon_grouped", hidden_act="gelu", tie_word_embeddings=True)
+"""A Falcon whose heads share keys and values in groups."""
+PHI3 = _of("phi3")
+"""A Phi-3: one linear for queries, keys and values, and one for gate and up."""
+GLM4 = _of("glm4", qkv_bias=True, positions=RopeConfig(partial_rotary_factor=0.5))
+"""A GLM-4: one linear for gate and up, rotated neighbours, four norms a block."""
+
+
 def config(**changes: Any) -> ModelConfig:
     base: dict[str, Any] = {
         "vocab_size": VOCAB,
@@ -145,6 +185,17 @@ def decoder(seed: int = 0, dtype: Any = jnp.float16, **changes: Any) -> Decoder:
 
 def folder(path: Path, **changes: Any) -> Path:
     return save_hf(decoder(**changes), path, format="float")
+
+
+def part_gate_and_up(path: Path) -> None:
+    """Replaces each packed gate_up_proj of a GPTQ folder by gate_proj and up_proj, as GPTQModel names and asks for them."""
+    tensors = safetensors.numpy.load_file(path / SINGLE)
+    for name in [name for name in tensors if ".gate_up_proj." in name]:
+        tensor = tensors.pop(name)
+        halves = (tensor, tensor) if name.endswith("g_idx") else np.split(tensor, 2, axis=-1)
+        for part, half in zip(("gate_proj", "up_proj"), halves, strict=True):
+            tensors[name.replace("gate_up_proj", part)] = np.array(half)  # safetensors writes a view as if it were whole
+    safetensors.numpy.save_file(tensors, path / SINGLE, metadata={"format": "pt"})
 
 
 def tokens(samples: int = 24, length: int = SEQ_LEN, seed: int = 0) -> np.ndarray:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from jgptq.models.rotary import RopeConfig
 
-ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "relu2")
+ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "relu2")
 DTYPES = ("float32", "bfloat16")
 
 
@@ -23,6 +23,8 @@ class AlibiPositions:
     """A linear penalty on distance in the attention's scores (arXiv 2108.12409)."""
 
     max_position_embeddings: int  # positions that the model was made for; more are accepted
+    scaled: bool = False  # the penalty is divided by sqrt(F), as the products of queries and keys are
+    dtype: str = "float32"  # what slopes, positions and their products are rounded to
 
 
 Positions = RopeConfig | LearnedPositions | AlibiPositions
@@ -50,7 +52,9 @@ class ModelConfig:
     head_dim: int  # F
     hidden_act: str = "silu"  # activation of the MLP
     gated_mlp: bool = True  # `down(act(gate(h)) * up(h))`, else `down(act(up(h)))`
-    block_form: str = "pre"  # where norms stand: pre, parallel, post, output or sandwich; see `jgptq.models.block.Block`
+    gate_up_fused: bool = False  # gate and up are one linear, whose output is theirs side by side
+    qkv_layout: str | None = None  # None: three linears; stacked or grouped: one, see `jgptq.models.sublayers.split_qkv`
+    block_form: str = "pre"  # where norms stand; the forms are listed in `jgptq.models.block.Block`
     norm: str = "rms"  # rms or layer
     norm_eps: float = 1e-6  # added to the mean square, or to the variance
     norm_affine: bool = True  # norms have a scale, and a layer norm may have a bias
@@ -62,6 +66,7 @@ class ModelConfig:
     layer_ropes: tuple[RopeConfig | None, ...] | None = None  # per block, None for no rotation; None: `positions` in all
     embedding_width: int | None = None  # width of token vectors, projected to D; None: D
     embedding_scaled: bool = False  # token vectors are multiplied by sqrt(D)
+    embedding_norm: bool = False  # token vectors are normed before the first block
     embedding_multiplier: float = 1.0  # factor of the token vectors
     residual_multiplier: float = 1.0  # factor of what a pre-norm or parallel block adds to the stream
     tie_word_embeddings: bool = False  # the output projection is the embedding

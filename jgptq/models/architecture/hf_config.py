@@ -6,7 +6,7 @@ from typing import Any
 
 from jgptq.errors import ArchitectureError, CheckpointError
 from jgptq.models.architecture.config import ACTIVATIONS, DTYPES, ModelConfig
-from jgptq.models.architecture.families import FAMILIES, SWITCHES, family_of, unknown
+from jgptq.models.architecture.families import SWITCHES, family_of, file_type, row_of
 from jgptq.models.architecture.per_layer import positions_to_hf, read_positions, read_ropes, read_windows, windows_to_hf
 from jgptq.models.architecture.row import REQUIRED, Family
 from jgptq.models.architecture.typed import BLOCK_KINDS, KEYS, QUANTIZATION, ROPE, problems, read_keys, refuse
@@ -28,13 +28,12 @@ def config_from_hf(hf: Mapping[str, Any], dtype: str = "auto") -> ModelConfig:
         implemented.
       CheckpointError: values that are missing, of a wrong type or out of range, all at once; or values that contradict others.
     """
-    model_type = str(hf.get("model_type"))
-    if model_type not in FAMILIES and "auto_map" in hf:
-        raise ArchitectureError(f"{unknown(model_type)}. It names code of its own (auto_map), which is never run")
-    family = family_of(model_type)
-    refuse(_value_problems(hf, family, model_type))
+    row = row_of(hf)
+    family = family_of(row)
+    refuse(_value_problems(hf, family))
+    given = {switch: key.given(hf) for switch, key in family.keys.items()}
     _refuse_switches(hf, family)
-    fields = {switch: key.read(hf.get(key.name, key.default)) for switch, key in family.keys.items()} | dict(family.fixed)
+    fields = {switch: key.read(given[switch]) for switch, key in family.keys.items()} | dict(family.fixed)
     heads, width = fields["num_attention_heads"], fields["hidden_size"]
     fields["num_key_value_heads"] = kv_heads = (
         heads if fields.get("num_key_value_heads") is None else fields["num_key_value_heads"]
@@ -54,7 +53,7 @@ def config_from_hf(hf: Mapping[str, Any], dtype: str = "auto") -> ModelConfig:
     windows = read_windows(hf, family.window, fields["num_hidden_layers"])
     positions = read_positions(hf, family, fields["head_dim"])
     return ModelConfig(
-        model_type=model_type,
+        model_type=row,
         **fields,
         positions=positions,
         layer_ropes=read_ropes(hf, family, positions, windows, fields["head_dim"]),
@@ -71,7 +70,8 @@ def config_to_hf(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
       dtype: dtype of the stored tensors, for `torch_dtype`.
     """
     family = family_of(config.model_type)
-    hf: dict[str, Any] = {"architectures": [family.hf_class], "model_type": config.model_type}
+    hf: dict[str, Any] = {"architectures": [family.hf_class], "model_type": file_type(config.model_type)}
+    hf |= {key: values[0] for key, values in family.where.items()}
     hf |= {key.name: key.stored(getattr(config, switch)) for switch, key in family.keys.items()}
     if config.embedding_width is None and "embedding_width" in family.keys:
         hf[family.keys["embedding_width"].name] = config.hidden_size
@@ -79,13 +79,14 @@ def config_to_hf(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
     return hf | {"torch_dtype": dtype}
 
 
-def _value_problems(hf: Mapping[str, Any], family: Family, model_type: str) -> Iterator[str]:
+def _value_problems(hf: Mapping[str, Any], family: Family) -> Iterator[str]:
     """A sentence for every value that is missing, of a wrong type or out of range."""
-    required = dict.fromkeys(key.name for key in family.keys.values() if key.default is REQUIRED)
-    missing = [name for name in required if hf.get(name) is None]
+    required = [key for key in family.keys.values() if key.default is REQUIRED]
+    missing = {key.name: key for key in required if key.given(hf) in (None, REQUIRED)}
     if missing:
-        yield f"{', '.join(missing)} missing; is this the config of a {model_type} model?"
-    yield from problems(hf, KEYS, sorted(read_keys(family) - set(missing)))
+        yield f"{', '.join(missing)} missing; is this the config of a {hf['model_type']} model?"
+    silent = {name for key in missing.values() for name in (key.name, *key.aliases)}
+    yield from problems(hf, KEYS, sorted(read_keys(family) - silent))
     for name, kinds in (("rope_parameters", ROPE), ("rope_scaling", ROPE), ("quantization_config", QUANTIZATION)):
         within = hf.get(name)
         if isinstance(within, Mapping):

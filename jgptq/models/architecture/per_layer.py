@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jgptq.errors import ArchitectureError, CheckpointError
-from jgptq.models.architecture.config import LearnedPositions, ModelConfig, Positions
+from jgptq.models.architecture.config import AlibiPositions, LearnedPositions, ModelConfig, Positions
 from jgptq.models.architecture.row import Family, Key, Window
 from jgptq.models.rotary import RopeConfig
 
@@ -71,20 +71,34 @@ def read_positions(hf: Mapping[str, Any], family: Family, head_dim: int) -> Posi
     Raises:
       CheckpointError: more features are rotated than a head has, or rotary settings that have no frequencies.
     """
+    kind = family.positions.read(family.positions.given(hf)) if isinstance(family.positions, Key) else family.positions
     most = family.max_positions if hf.get(family.positions_key) is None else hf[family.positions_key]
-    if family.positions == "learned":
+    if kind == "learned":
         return LearnedPositions(max_position_embeddings=most, offset=family.position_offset)
+    if kind == "alibi":
+        return AlibiPositions(max_position_embeddings=most, **family.alibi)
     if family.rotary_dim is not None:
         features = hf.get(family.rotary_dim.name, family.rotary_dim.default) or head_dim
         if features > head_dim:
             raise CheckpointError(f"config.json: {family.rotary_dim.name} {features} is more than a head has, {head_dim}")
         return RopeConfig.from_hf({"partial_rotary_factor": features / head_dim, "max_position_embeddings": most}, head_dim, 1.0)
-    settings = dict(family.rotary_defaults) | {key: value for key, value in hf.items() if value is not None}
+    given = {key: value for key, value in hf.items() if value is not None}
+    settings = dict(family.rotary_defaults) | given | _renamed(given, family)
     settings["max_position_embeddings"] = most
     if family.local_theta is not None:
         shared = settings.pop("rope_parameters", {}).get(_FULL) or {}
         settings["rope_scaling"] = {**shared, **settings.get("rope_scaling", {})}
     return RopeConfig.from_hf(settings, head_dim, family.partial_rotary)
+
+
+def _renamed(hf: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """The rotary settings that a family's files have under names of their own, by the usual names."""
+    renamed = {usual: hf[name] for name, usual in family.rotary_keys.items() if name in hf}
+    for form in ("rope_scaling", "rope_parameters"):
+        if given := hf.get(form):
+            types = {key: family.rope_types.get(given[key], given[key]) for key in ("rope_type", "type") if key in given}
+            renamed[form] = given | types
+    return renamed
 
 
 def read_ropes(
@@ -134,11 +148,15 @@ def _listed(hf: Mapping[str, Any], layers: int) -> list[bool]:
 def positions_to_hf(config: ModelConfig, family: Family) -> dict[str, Any]:
     """The keys that `read_positions` and `read_ropes` read."""
     hf: dict[str, Any] = {family.positions_key: config.positions.max_position_embeddings}
+    if isinstance(family.positions, Key):
+        kind = "alibi" if isinstance(config.positions, AlibiPositions) else "rotary"
+        hf[family.positions.name] = family.positions.stored(kind)
     if not isinstance(config.positions, RopeConfig):
         return hf
     if family.rotary_dim is not None:
         return hf | {family.rotary_dim.name: config.positions.rotated(config.head_dim)}
     hf |= {"rope_parameters": config.positions.to_hf(), "rope_theta": config.positions.rope_theta}
+    hf |= {key: value for key in family.rotary_defaults if (value := getattr(config.positions, key)) is not None}
     if family.rotated == "listed":
         hf["no_rope_layers"] = [int(layer.rope is not None) for layer in config.layers]
     if family.rotated == "sliding_or_all" and config.layer_ropes is None and set(config.layer_windows) == {None}:

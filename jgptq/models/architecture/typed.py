@@ -59,17 +59,21 @@ PATTERN = Kind(
 
 KEYS: Mapping[str, Kind] = {
     "_remove_final_layer_norm": FLAG,
+    "activation": WORD,
     "activation_function": WORD,
+    "alibi": FLAG,
     "attention_bias": FLAG,
     "attention_multiplier": FACTOR,
     "attention_out_bias": FLAG,
     "attn_logit_softcapping": optional(FACTOR),
+    "bias": FLAG,
     "clip_qkv": optional(FACTOR),
     "do_layer_norm_before": FLAG,
     "dtype": optional(WORD),
     "embedding_multiplier": FACTOR,
     "enable_bias": FLAG,
     "ffn_dim": SIZE,
+    "ffn_hidden_size": optional(SIZE),
     "final_logit_softcapping": optional(FACTOR),
     "head_dim": optional(HEADS),
     "hidden_act": WORD,
@@ -85,11 +89,14 @@ KEYS: Mapping[str, Kind] = {
     "max_position_embeddings": POSITIONS,
     "max_window_layers": integer(0, 2**16),
     "mlp_bias": FLAG,
+    "multi_query": FLAG,
     "n_embd": SIZE,
+    "n_embed": SIZE,
     "n_head": HEADS,
     "n_inner": optional(SIZE),
     "n_layer": BLOCKS,
     "n_positions": POSITIONS,
+    "new_decoder_architecture": FLAG,
     "no_rope_layer_interval": integer(1, 2**16),
     "no_rope_layers": optional(list_of(integer(0, 1))),
     "norm_eps": EPSILON,
@@ -97,7 +104,10 @@ KEYS: Mapping[str, Kind] = {
     "num_attention_heads": HEADS,
     "num_hidden_layers": BLOCKS,
     "num_key_value_heads": optional(HEADS),
+    "num_kv_heads": optional(HEADS),
+    "num_ln_in_parallel_attn": optional(integer(1, 2)),
     "original_max_position_embeddings": optional(POSITIONS),
+    "parallel_attn": FLAG,
     "partial_rotary_factor": optional(SHARE),
     "qk_layernorm": FLAG,
     "quantization_config": optional(OBJECT),
@@ -109,6 +119,9 @@ KEYS: Mapping[str, Kind] = {
     "rope_scaling": optional(OBJECT),
     "rope_theta": optional(THETA),
     "rotary_dim": optional(HEADS),
+    "rotary_emb_base": optional(THETA),
+    "rotary_pct": optional(SHARE),
+    "seq_length": POSITIONS,
     "sliding_window": optional(POSITIONS),
     "sliding_window_pattern": PATTERN,
     "tie_word_embeddings": FLAG,
@@ -175,7 +188,7 @@ QUANTIZATION: Mapping[str, Kind] = {
 
 def read_keys(family: Family) -> set[str]:
     """The keys of `KEYS` that are read for a family."""
-    rotary = READ_FOR_ROTARY if family.positions == "rotary" and family.rotary_dim is None else ()
+    rotary = READ_FOR_ROTARY if family.positions not in ("learned", "alibi") and family.rotary_dim is None else ()
     windows = READ_FOR_WINDOWS if family.window is not None else ()
     period = {family.window.period_key} if family.window is not None and family.window.period_key is not None else set()
     return family.names.union(READ_FOR_ALL, [family.positions_key], rotary, windows, period)

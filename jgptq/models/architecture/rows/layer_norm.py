@@ -126,10 +126,10 @@ ROWS: Mapping[str, Family] = {
         hf_class="GPTJForCausalLM",
         keys={
             "vocab_size": Key("vocab_size"),
-            "hidden_size": Key("n_embd"),
+            "hidden_size": Key("n_embd", aliases=("hidden_size",)),
             "intermediate_size": Key("n_inner", None),  # None: 4 * hidden_size
-            "num_hidden_layers": Key("n_layer"),
-            "num_attention_heads": Key("n_head"),
+            "num_hidden_layers": Key("n_layer", aliases=("num_hidden_layers",)),
+            "num_attention_heads": Key("n_head", aliases=("num_attention_heads",)),
             "hidden_act": Key("activation_function", "gelu_new"),
             "norm_eps": Key("layer_norm_epsilon", 1e-5),
         },
