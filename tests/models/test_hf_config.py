@@ -240,6 +240,8 @@ def positions_of(draw, family: Family, head_dim: int) -> Positions:
         return RopeConfig(partial_rotary_factor=draw(st.sampled_from([4, 10, 16])) / head_dim, max_position_embeddings=most)
     part = 1.0 if family.partial_rotary is None else draw(st.sampled_from([0.5, 1.0]))
     rope = dataclasses.replace(draw(ropes(int(head_dim * part))), partial_rotary_factor=part)
+    if family.rope_types:  # transformers refuses most scalings of such a family
+        rope = RopeConfig(rope_theta=rope.rope_theta, partial_rotary_factor=part, max_position_embeddings=most)
     # Where there are settings of kinds of blocks, transformers reads `truncate` and does not write it.
     return rope if family.local_theta is None else dataclasses.replace(rope, truncate=True)
 
