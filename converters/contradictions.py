@@ -7,7 +7,7 @@ import numpy as np
 from converters.checkpoint import Checkpoint
 from converters.names import IGNORED
 from jgptq.errors import CheckpointError
-from jgptq.models import FAMILIES, ModelConfig, checkpoint_name
+from jgptq.models import FAMILIES, ModelConfig, checkpoint_name, file_type
 
 _SIZES = (
     "vocab_size",
@@ -18,7 +18,6 @@ _SIZES = (
     "num_key_value_heads",
     "head_dim",
 )
-_HEAD = "lm_head.weight"
 _ROWS = 1024  # that are compared at a time
 _LISTED = 40  # problems in a message
 
@@ -52,12 +51,18 @@ def unexpected(checkpoint: Checkpoint, config: ModelConfig, used: set[str], code
       used: the names that the decoder has taken.
       codes: the part that holds the codes of a packed linear, such as "qweight"; None in a float checkpoint.
     """
-    tied = {_HEAD} if config.tie_word_embeddings else set()
+    head = f"{checkpoint_name('lm_head', config.model_type)}.weight"
+    tied = {head} if config.tie_word_embeddings else set()
     foreign = sorted(checkpoint.entries.keys() - used - tied)
-    problems = [f"  {name} is none of a {config.model_type}" for name in foreign if not _leftover(name, checkpoint, codes)]
+    constants = IGNORED + FAMILIES[config.model_type].buffers
+    problems = [
+        f"  {name} is none of a {file_type(config.model_type)}"
+        for name in foreign
+        if not _leftover(name, checkpoint, constants, codes)
+    ]
     embedding = f"{checkpoint_name('embed_tokens', config.model_type)}.weight"
-    if tied & checkpoint.entries.keys() and embedding in used and not _same(checkpoint, embedding, _HEAD):
-        problems.append(f"  {_HEAD} differs from {embedding}, and config.json has tie_word_embeddings true")
+    if tied & checkpoint.entries.keys() and embedding in used and not _same(checkpoint, embedding, head):
+        problems.append(f"  {head} differs from {embedding}, and config.json has tie_word_embeddings true")
     return problems
 
 
@@ -73,7 +78,7 @@ def refuse(checkpoint: Checkpoint, config: ModelConfig, problems: list[str]) -> 
     sizes = ", ".join(f"{keys[size].name if size in keys else size} {getattr(config, size)}" for size in _SIZES)
     listed = problems[:_LISTED] + ([f"  and {len(problems) - _LISTED} more"] if len(problems) > _LISTED else [])
     raise CheckpointError(
-        f"{checkpoint.folder}: {len(problems)} tensors do not fit config.json, a {config.model_type} of {sizes}:\n"
+        f"{checkpoint.folder}: {len(problems)} tensors do not fit config.json, a {file_type(config.model_type)} of {sizes}:\n"
         + "\n".join(listed)
     )
 
@@ -90,8 +95,8 @@ def _same(checkpoint: Checkpoint, one: str, two: str) -> bool:
     return all(first[part].tobytes() == second[part].tobytes() for part in parts)
 
 
-def _leftover(name: str, checkpoint: Checkpoint, codes: str | None) -> bool:
-    """Whether a tensor that the model does not have may be ignored: old buffers, and biases of zeros next to codes."""
+def _leftover(name: str, checkpoint: Checkpoint, constants: tuple[str, ...], codes: str | None) -> bool:
+    """Whether a tensor that the model does not have may be ignored: constants, and biases of zeros next to codes."""
     module, _, part = name.rpartition(".")
     added = part == "bias" and f"{module}.{codes}" in checkpoint.entries and not np.any(checkpoint.array(name))
-    return added or name.endswith(IGNORED)
+    return added or name.endswith(constants)

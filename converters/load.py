@@ -12,9 +12,10 @@ from flax import nnx
 from converters.checkpoint import Checkpoint, open_checkpoint
 from converters.contradictions import check_depth, refuse, unexpected
 from converters.formats import Reader, reader_of
-from converters.names import LEAVES, leaves, unit_leaves
+from converters.names import NameRule, leaves, named_as_here, stored_rule, unit_leaves
 from converters.orbax import load_orbax_folder
 from converters.output.folders import ORBAX
+from converters.parted import with_gate_and_up_joined
 from converters.reading.hub import resolve_folder
 from converters.reading.json_file import read_json
 from jgptq.errors import CheckpointError
@@ -53,7 +54,9 @@ def load_hf(source: str | Path, dtype: str = "auto", revision: str | None = None
         quantization = {"quant_method": "gptq"} | read_json(folder / "quantize_config.json")
         typed.refuse(typed.problems(quantization, typed.QUANTIZATION, typed.QUANTIZATION), "quantize_config.json")
     reader = None if quantization is None else reader_of(quantization)
-    checkpoint = open_checkpoint(folder)
+    checkpoint = named_as_here(open_checkpoint(folder), config.model_type)
+    if reader is not None and config.gate_up_fused:
+        checkpoint = with_gate_and_up_joined(checkpoint)
     check_depth(checkpoint, config)
     decoder = nnx.eval_shape(lambda: Decoder(config, rngs=cast(nnx.Rngs, _OneKey())))
     used, problems = _fill(leaves(decoder), checkpoint, config, reader)
@@ -107,18 +110,18 @@ def _fill(
         if attribute == "kernel" and reader is not None and f"{name}.{reader.required[0]}" in checkpoint.entries:
             read = _packed(name, shape, checkpoint, reader, used, problems)
         else:
-            read = _float(f"{name}.{LEAVES[attribute].suffix}", attribute, shape, checkpoint, used, problems)
+            read = _float(name, stored_rule(path, attribute, config.model_type), shape, checkpoint, used, problems)
         if read is not None:
             setattr(module, attribute, nnx.Param(read))
     return used, problems
 
 
 def _float(
-    name: str, attribute: str, shape: tuple[int, ...], checkpoint: Checkpoint, used: set[str], problems: list[str]
+    module: str, rule: NameRule, shape: tuple[int, ...], checkpoint: Checkpoint, used: set[str], problems: list[str]
 ) -> np.ndarray | None:
     """A float leaf in Flax layout, or None with its problem noted."""
-    transposed = LEAVES[attribute].transposed
-    stored = shape[::-1] if transposed else shape
+    name = f"{module}.{rule.suffix}"
+    stored = shape[::-1] if rule.transposed else shape
     entry = checkpoint.entries.get(name)
     if entry is None:
         problems.append(f"  {name} is missing, expected {list(stored)}")
@@ -131,7 +134,7 @@ def _float(
         problems.append(f"  {name} has dtype {entry.dtype}, expected a float")
         return None
     array = checkpoint.array(name)
-    return array.T if transposed else array
+    return array.T if rule.transposed else array
 
 
 def _packed(

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 from flax import nnx
 
-from jgptq.models import Decoder, Head, Unit
+from converters.checkpoint import Checkpoint
+from jgptq.models import FAMILIES, Decoder, Head, Unit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,10 +24,24 @@ LEAVES = {
     "scale": NameRule("weight", transposed=False),
     "embedding": NameRule("weight", transposed=False),
 }
-"""Last part of a leaf's path -> how it is stored."""
+"""Last part of a leaf's path -> how most families store it."""
 
 IGNORED = (".rotary_emb.inv_freq", ".self_attn.masked_bias")
-"""Endings of tensors that old checkpoints hold and no model reads."""
+"""Endings of tensors that old checkpoints of any family hold and no model reads."""
+
+
+def stored_rule(path: str, attribute: str, model_type: str) -> NameRule:
+    """How the leaf of a module is stored by an architecture.
+
+    Args:
+      path: of the module in the decoder.
+      attribute: the leaf, a key of `LEAVES`.
+      model_type: the architecture, a key of `FAMILIES`.
+    """
+    rule = LEAVES[attribute]
+    if attribute == "kernel" and path.startswith("layers.") and FAMILIES[model_type].conv1d:
+        return dataclasses.replace(rule, transposed=False)
+    return rule
 
 
 def leaves(decoder: Decoder) -> Iterator[tuple[str, nnx.Module, str]]:
@@ -47,3 +62,31 @@ def _walk(path: str, module: nnx.Module) -> Iterator[tuple[str, nnx.Module, str]
             yield path, module, attribute
         elif isinstance(value, nnx.Module):
             yield from _walk(f"{path}.{attribute}", value)
+
+
+def named_as_here(checkpoint: Checkpoint, model_type: str) -> Checkpoint:
+    """The checkpoint by the names that the family's files have today.
+
+    Old files of some families lack the prefix of the whole model, as in `h.0.ln_1.weight` for `transformer.h.0.ln_1.weight`. An
+    output projection that the family's files do not call `lm_head` has that name in the modules of transformers, and in files of
+    programs that write those.
+
+    Args:
+      checkpoint: the tensors by the names of the files.
+      model_type: the architecture, a key of `FAMILIES`.
+    """
+    family = FAMILIES[model_type]
+    whole, _, rest = f"{family.decoder}.{family.blocks}.".partition(".")
+    prefix, head = f"{whole}.", f"{family.head}."
+
+    def begins(start: str) -> bool:
+        return any(name.startswith(start) for name in checkpoint.entries)
+
+    bare, headless = begins(rest) and not begins(prefix), not begins(head)
+
+    def named(name: str) -> str:
+        if headless and name.startswith("lm_head."):
+            return head + name.removeprefix("lm_head.")
+        return prefix + name if bare and not name.startswith(head) else name
+
+    return Checkpoint(checkpoint.folder, {named(name): entry for name, entry in checkpoint.entries.items()})

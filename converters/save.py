@@ -69,7 +69,8 @@ def save_hf(
     layouts = layouts_of(params, np.dtype(embedding) if cast is None else cast)
     if params.quantization is not None:
         refuse(writer, [used for used in settings_of(params).values() if used is not None])
-        for warning in writer.warnings(params.quantization, any(layout.reordered for layout in layouts.values())):
+        reordered = any(layout.reordered for layout in layouts.values())
+        for warning in writer.warnings(params.quantization, params.config, reordered):
             warnings.warn(warning, UserWarning, stacklevel=2)
     encoding = Encoding(writer=writer, layouts=layouts, model_type=params.config.model_type, dtype=cast)
     values = [(path, attribute, getattr(module, attribute).get_value()) for path, module, attribute in leaves(params)]

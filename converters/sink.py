@@ -84,7 +84,8 @@ class FolderSink:
         self._params, self._config, self._format = params, config, file_format
         self._planned = settings_by_path(params, config)
         self._encoding = Encoding(writer=writer, layouts=self._layouts(), model_type=params.config.model_type)
-        for warning in writer.warnings(config, any(layout.reordered for layout in self._encoding.layouts.values())):
+        reordered = any(layout.reordered for layout in self._encoding.layouts.values())
+        for warning in writer.warnings(config, params.config, reordered):
             warnings.warn(warning, UserWarning, stacklevel=2)
         self._max_shard_size = parse_size(max_shard_size)
         self._run = _fingerprint(params, config, calib, file_format, self._max_shard_size, batch_size)

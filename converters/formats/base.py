@@ -27,6 +27,7 @@ class Layout:
     reordered: bool  # whether the group of each row must be stored
     scale_dtype: np.dtype = FLOAT16
     float_dtype: np.dtype = FLOAT16  # of the weights where the format expands them
+    transposed: bool = True  # whether expanded weights lie as [N, K]
 
     @classmethod
     def planned(cls, shape: tuple[int, int], settings: SolverConfig) -> Self:
@@ -35,7 +36,7 @@ class Layout:
         return cls(shape=shape, bits=settings.bits, group_size=settings.group_size, sym=settings.sym, reordered=reordered)
 
     @classmethod
-    def of(cls, kernel: PackedTensor, settings: SolverConfig, float_dtype: np.dtype) -> Self:
+    def of(cls, kernel: PackedTensor, settings: SolverConfig, float_dtype: np.dtype, *, transposed: bool) -> Self:
         """The layout of a kernel: as it was planned with its settings, widened by what the kernel has besides."""
         planned = cls.planned(kernel.shape, settings)
         return dataclasses.replace(
@@ -44,6 +45,7 @@ class Layout:
             reordered=planned.reordered or kernel.group_index is not None,
             scale_dtype=np.dtype(kernel.scales.dtype),
             float_dtype=float_dtype,
+            transposed=transposed,
         )
 
     @property
@@ -100,11 +102,12 @@ class Writer(Protocol):
     def refusal(self, settings: SolverConfig) -> str | None:
         """Why the format cannot hold a linear of these settings, and what to use instead; None where it can."""
 
-    def warnings(self, config: QuantizeConfig, reordered: bool = False) -> list[str]:
+    def warnings(self, config: QuantizeConfig, model: ModelConfig, reordered: bool = False) -> list[str]:
         """Sentences on which programs will refuse the files; empty where all load them.
 
         Args:
           config: the run's settings.
+          model: the decoder's switches.
           reordered: whether a linear stores the group of each row.
         """
 

@@ -19,7 +19,7 @@ from converters.formats.settings import HEAD, meta_of, own_settings, patterns, r
 from converters.formats.words import constant_words
 from converters.output.shards import TensorSpec
 from jgptq.errors import CheckpointError, ConfigError
-from jgptq.models import checkpoint_name
+from jgptq.models import ModelConfig, checkpoint_name
 from jgptq.models.packed import PackedTensor
 from jgptq.settings.run import QuantizeConfig
 from jgptq.settings.sizes import group_rows
@@ -104,7 +104,7 @@ class CompressedWriter:
             return None
         return f"format 'compressed-tensors' is written with {BITS} bits, not {settings.bits}; use 'gptq' or 'gptq_v2'"
 
-    def warnings(self, config: QuantizeConfig, reordered: bool = False) -> list[str]:
+    def warnings(self, config: QuantizeConfig, model: ModelConfig, reordered: bool = False) -> list[str]:
         """`converters.formats.base.Writer.warnings`."""
         served = (-1, 32, 64, 128)
         sentences = [

@@ -7,18 +7,20 @@ they are.
 
 import dataclasses
 import functools
+import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
 
+from converters.formats.architectures import architecture_warnings
 from converters.formats.base import INT32, Format, Layout, Written
 from converters.formats.settings import HEAD, check_patterns, meta_of, patterns, recorded, used_settings
 from converters.formats.words import constant_words
 from converters.output.shards import TensorSpec
 from jgptq.errors import ArchitectureError, CheckpointError, ConfigError
-from jgptq.models import ModelConfig
+from jgptq.models import ModelConfig, checkpoint_name
 from jgptq.models.packed import PackedTensor
 from jgptq.settings.rule import Rule
 from jgptq.settings.rules import first_match, rules_from_dynamic, stored_rules
@@ -105,7 +107,7 @@ class GptqWriter:
         message = "format 'gptq' (v1) stores zero - 1, so it cannot hold the zero points of asymmetric grids"
         return f"{message}; use 'gptq_v2' (--format gptq_v2)"
 
-    def warnings(self, config: QuantizeConfig, reordered: bool = False) -> list[str]:
+    def warnings(self, config: QuantizeConfig, model: ModelConfig, reordered: bool = False) -> list[str]:
         """`converters.formats.base.Writer.warnings`."""
         sentences = [sentence for settings in used_settings(config) for sentence in _refusals(settings)]
         if config.rules or config.lm_head:
@@ -113,6 +115,7 @@ class GptqWriter:
                 "transformers reads no rules and no quantized lm_head (5.23 with optimum 2.3), and may load other weights "
                 "without an error; GPTQModel and vLLM read both"
             )
+        sentences += architecture_warnings(model)
         if reordered:
             sentences.append("vLLM refuses desc_act with groups; GPTQModel loads it")
         return list(dict.fromkeys(sentences))
@@ -181,7 +184,7 @@ def dynamic_rules(
 
     rules: dict[str, dict[str, Any]] = {}
     if (head := changes(HEAD, linears.get(HEAD))) is not None and head:  # a head is float unless it is declared
-        rules["+:^lm_head$"] = dict(head)
+        rules[f"+:^{re.escape(checkpoint_name(HEAD, model.model_type))}$"] = dict(head)
     for pattern, changed in patterns(linears, model, changes):
         if changed != ():
             rules[f"{'-' if changed is None else '+'}:{pattern}"] = dict(changed or ())

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from converters.formats import Layout, Writer, Written
+from converters.names import stored_rule
 from converters.output.card import CARD, base_model, model_card
 from converters.output.folders import PartialFolder
 from jgptq.models import Decoder, checkpoint_name, config_to_hf
@@ -67,7 +68,7 @@ def layouts_of(params: Decoder, float_dtype: np.dtype) -> dict[str, Layout]:
     """
     settings = settings_of(params)
     return {
-        path: Layout.of(kernel, used, float_dtype)
+        path: Layout.of(kernel, used, float_dtype, transposed=stored_rule(path, "kernel", params.config.model_type).transposed)
         for path, kernel in kernels_of(params)
         if isinstance(kernel, PackedTensor) and (used := settings[path]) is not None
     }

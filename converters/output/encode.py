@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from converters.formats import Layout, Writer
-from converters.names import LEAVES
+from converters.names import stored_rule
 from converters.output.shards import TensorSpec
 from jgptq.models import checkpoint_name
 from jgptq.models.packed import PackedTensor
@@ -33,7 +33,7 @@ class Encoding:
         name = checkpoint_name(path, self.model_type)
         if attribute == "kernel" and path in self.layouts:
             return self.writer.specs(name, self.layouts[path])
-        rule = LEAVES[attribute]
+        rule = stored_rule(path, attribute, self.model_type)
         stored = leaf.shape[::-1] if rule.transposed else leaf.shape
         return [TensorSpec(f"{name}.{rule.suffix}", np.dtype(leaf.dtype if self.dtype is None else self.dtype), tuple(stored))]
 
@@ -42,6 +42,6 @@ class Encoding:
         name = checkpoint_name(path, self.model_type)
         if isinstance(leaf, PackedTensor):
             return self.writer.encode(name, leaf, self.layouts[path])
-        rule = LEAVES[attribute]
+        rule = stored_rule(path, attribute, self.model_type)
         array = np.asarray(leaf) if self.dtype is None else np.asarray(leaf).astype(self.dtype)
         return {f"{name}.{rule.suffix}": array.T if rule.transposed else array}

@@ -1,7 +1,7 @@
 """The Flax (NNX) decoder as blocks of stages, and the table of architectures."""
 
-from jgptq.models.architecture.config import AlibiPositions, LearnedPositions, ModelConfig
-from jgptq.models.architecture.families import FAMILIES, checkpoint_name
+from jgptq.models.architecture.config import AlibiPositions, LayerConfig, LearnedPositions, ModelConfig
+from jgptq.models.architecture.families import FAMILIES, checkpoint_name, file_type
 from jgptq.models.architecture.hf_config import config_from_hf, config_to_hf
 from jgptq.models.block import Block, Carry, Head, Unit
 from jgptq.models.decoder import Decoder, Origin
@@ -19,6 +19,7 @@ __all__ = [
     "Embedding",
     "Fusion",
     "Head",
+    "LayerConfig",
     "LayerNorm",
     "LearnedPositions",
     "Linear",
@@ -33,4 +34,5 @@ __all__ = [
     "checkpoint_name",
     "config_from_hf",
     "config_to_hf",
+    "file_type",
 ]

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from jgptq.models.architecture.config import ModelConfig
+from jgptq.models.architecture.config import LayerConfig, ModelConfig
 from jgptq.models.layers import Fused, Linear, Norm, make_norm
 from jgptq.models.stages import RESIDUAL, Stage, block_stages, head_stages
 from jgptq.models.sublayers import MLP, Attention
@@ -92,10 +92,11 @@ def _add(unit: Unit, outputs: list[jax.Array], stream: jax.Array, norm: Norm | N
 
 
 STEPS: Mapping[str, Callable[..., jax.Array]] = {
-    "attention": lambda block, outputs, _, norm: block.self_attn.mix(*outputs),
-    "gate": lambda block, outputs, _, norm: block.mlp.activate(outputs[0]) * outputs[1],
+    "attention": lambda block, outputs, _, norm: block.self_attn.mix(*block.self_attn.parts(outputs)),
+    "gate": lambda block, outputs, _, norm: block.mlp.gated(outputs),
     "activation": lambda block, outputs, _, norm: block.mlp.activate(outputs[0]),
     "add": _add,
+    "add_scaled": lambda unit, outputs, stream, norm: stream + outputs[0] * unit.config.residual_multiplier,
     "add_normed": lambda unit, outputs, stream, norm: stream + norm(outputs[0]),
     "keep": lambda unit, outputs, _, norm: outputs[0],
 }
@@ -108,23 +109,27 @@ class Block(Unit):
 
     With r the residual stream, the block's form says where the norms of a sublayer f stand:
 
-        pre       r + f(norm(r))
-        parallel  r + attention(norm(r)) + mlp(norm(r)), one norm for both
-        post      norm(r + f(r))
-        output    r + norm(f(r))
-        sandwich  r + out_norm(f(norm(r)))
+        pre                 r + f(norm(r))
+        parallel            r + attention(norm(r)) + mlp(norm(r)), one norm for both
+        parallel_two_norms  r + attention(attn_norm(r)) + mlp(mlp_norm(r))
+        post                norm(r + f(r))
+        output              r + norm(f(r))
+        sandwich            r + out_norm(f(norm(r)))
+
+    Both sublayers of a parallel block read the r that the block began with: its stages open the MLP before attention adds to the
+    stream.
 
     Args:
       config: the decoder's switches.
-      window: positions that attention sees; None for all.
+      layer: the window and the rotation of this block.
       rngs: source of initial kernels.
     """
 
-    def __init__(self, config: ModelConfig, window: int | None, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, layer: LayerConfig, *, rngs: nnx.Rngs):
         form = config.block_form
         self.attn_norm = make_norm(config)
         self.attn_out_norm = make_norm(config) if form == "sandwich" else None
-        self.self_attn = Attention(config, window, rngs=rngs)
+        self.self_attn = Attention(config, layer, rngs=rngs)
         self.mlp_norm = None if form == "parallel" else make_norm(config)
         self.mlp_out_norm = make_norm(config) if form == "sandwich" else None
         self.mlp = MLP(config, rngs=rngs)

@@ -44,10 +44,12 @@ class Decoder(nnx.Module):
         self.embed_tokens = Embedding(config.vocab_size, width, rngs=rngs)
         self.embed_positions = Embedding(rows, config.hidden_size, rngs=rngs) if learned else None
         self.project_in = Linear(width, config.hidden_size, rngs=rngs) if config.projects else None
-        self.layers = nnx.List([Block(config, window, rngs=rngs) for window in config.layer_windows])
+        self.embed_norm = make_norm(config) if config.embedding_norm else None
+        self.layers = nnx.List([Block(config, layer, rngs=rngs) for layer in config.layers])
         self.norm = make_norm(config) if config.has_final_norm else None
         self.project_out = Linear(config.hidden_size, width, rngs=rngs) if config.projects else None
-        self.lm_head = None if config.tie_word_embeddings else Linear(width, config.vocab_size, rngs=rngs)
+        tied, bias = config.tie_word_embeddings, config.lm_head_bias
+        self.lm_head = None if tied else Linear(width, config.vocab_size, use_bias=bias, rngs=rngs)
         self.origin: Origin | None = None
         self.quantization: QuantizeConfig | None = None
 
@@ -68,6 +70,8 @@ class Decoder(nnx.Module):
         residual = self.embed_tokens(tokens, dtype)
         if config.embedding_scaled:
             residual = residual * jnp.asarray(math.sqrt(config.hidden_size), dtype)
+        if config.embedding_multiplier != 1.0:
+            residual = residual * jnp.asarray(config.embedding_multiplier, dtype)
         if self.project_in is not None:
             residual = self.project_in(residual)
         if self.embed_positions is not None and isinstance(config.positions, LearnedPositions):
@@ -76,7 +80,7 @@ class Decoder(nnx.Module):
                 raise CalibrationError(f"expected sequences of at most {most} positions, found {length}; try a smaller seq_len")
             places = jnp.arange(length)[None, :] + config.positions.offset
             residual = residual + self.embed_positions(places, dtype)
-        return residual
+        return residual if self.embed_norm is None else self.embed_norm(residual)
 
     def logits(self, residual: Float[jax.Array, "b S D"]) -> Float[jax.Array, "b S V"]:
         """Float32 logits from the residual stream after the last block."""
@@ -84,6 +88,7 @@ class Decoder(nnx.Module):
         if self.project_out is not None:
             h = self.project_out(h)
         logits = self.embed_tokens.attend(h) if self.lm_head is None else self.lm_head(h).astype(jnp.float32)
+        logits = logits * self.config.logit_scale / self.config.logits_scaling
         return softcapped(logits, self.config.final_logit_softcapping)
 
     def head(self) -> Head | None:
@@ -92,7 +97,7 @@ class Decoder(nnx.Module):
 
     def before(self) -> dict[str, nnx.Module]:
         """The modules before the blocks, by name."""
-        return self._present("embed_tokens", "embed_positions", "project_in")
+        return self._present("embed_tokens", "embed_positions", "project_in", "embed_norm")
 
     def after(self) -> dict[str, nnx.Module]:
         """The modules after the blocks, by name."""
@@ -102,7 +107,7 @@ class Decoder(nnx.Module):
         return {name: module for name in names if (module := getattr(self, name)) is not None}
 
     def norms(self) -> dict[str, Norm]:
-        """The norms outside of the blocks, by path."""
+        """The norms after the blocks, by path."""
         return {} if self.norm is None else {"norm": self.norm}
 
     def embedder(self) -> "Decoder":

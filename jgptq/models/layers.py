@@ -1,6 +1,7 @@
 """The small layers that a decoder is built of. A leaf may be a device array, a host array or a view of a mapped file."""
 
 import itertools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -51,20 +52,25 @@ class Fused(nnx.Module):
 
     def __call__(self, h: Float[jax.Array, "*batch K"]) -> list[jax.Array]:
         """What each linear gives, `[*batch, N]`."""
-        return jnp.split(self.linear(h), list(itertools.accumulate(self.widths[:-1])), axis=-1)
+        return split_features(self.linear(h), self.widths)
+
+
+def split_features(y: Float[jax.Array, "*batch N"], widths: Sequence[int]) -> list[jax.Array]:
+    """Parts of these widths that lie side by side along the last axis."""
+    return jnp.split(y, list(itertools.accumulate(widths[:-1])), axis=-1)
 
 
 class RMSNorm(nnx.Module):
     """`(offset + scale) * h / sqrt(mean(h^2) + eps)`, the mean in float32 (arXiv 1910.07467).
 
     Args:
-      width: D, the size of the last axis.
+      shape: of the scale: D, the size of the last axis, or sizes of the last axes where heads have scales of their own.
       eps: added to the mean square.
       offset: added to the stored scale: 0, or 1 where files hold the scale's distance from one.
     """
 
-    def __init__(self, width: int, eps: float, offset: float = 0.0):
-        self.scale = nnx.Param(jnp.full((width,), 1.0 - offset, jnp.float32))
+    def __init__(self, shape: int | tuple[int, ...], eps: float, offset: float = 0.0):
+        self.scale = nnx.Param(jnp.full(shape, 1.0 - offset, jnp.float32))
         self.eps = eps
         self.offset = offset
 
@@ -78,21 +84,23 @@ class RMSNorm(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """`scale * (h - mean(h)) / sqrt(var(h) + eps) + bias`, in float32 (arXiv 1607.06450).
+    """`(offset + scale) * (h - mean(h)) / sqrt(var(h) + eps) + bias`, in float32 (arXiv 1607.06450).
 
     Args:
-      width: D, the size of the last axis.
+      shape: of the scale: D, the size of the last axis, or sizes of the last axes where heads have scales of their own.
       eps: added to the variance.
+      offset: added to the stored scale: 0, or 1 where files hold the scale's distance from one.
       affine: whether there is a scale; without one there is no bias.
       use_bias: whether there is a bias.
     """
 
-    offset = 0.0
-
-    def __init__(self, width: int, eps: float, *, affine: bool = True, use_bias: bool = True):
-        self.scale = nnx.Param(jnp.ones((width,), jnp.float32)) if affine else None
-        self.bias = nnx.Param(jnp.zeros((width,), jnp.float32)) if affine and use_bias else None
+    def __init__(
+        self, shape: int | tuple[int, ...], eps: float, offset: float = 0.0, *, affine: bool = True, use_bias: bool = True
+    ):
+        self.scale = nnx.Param(jnp.full(shape, 1.0 - offset, jnp.float32)) if affine else None
+        self.bias = nnx.Param(jnp.zeros(shape, jnp.float32)) if affine and use_bias else None
         self.eps = eps
+        self.offset = offset
 
     def __call__(self, h: Float[jax.Array, "*batch D"]) -> Float[jax.Array, "*batch D"]:
         """The normed activations, in their own dtype."""
@@ -100,7 +108,7 @@ class LayerNorm(nnx.Module):
         centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
         normed = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + self.eps)
         if self.scale is not None:
-            normed = normed * _along_last(self.scale, jnp.float32, h.ndim)
+            normed = normed * _along_last(self.scale, jnp.float32, h.ndim, self.offset)
         if self.bias is not None:
             normed = normed + _along_last(self.bias, jnp.float32, h.ndim)
         return normed.astype(h.dtype)
@@ -109,17 +117,24 @@ class LayerNorm(nnx.Module):
 Norm = RMSNorm | LayerNorm
 
 
-def make_norm(config: ModelConfig) -> Norm:
-    """A norm of the residual stream, or of what is added to it."""
+def make_norm(config: ModelConfig, shape: int | tuple[int, ...] | None = None) -> Norm:
+    """A norm of the decoder's kind.
+
+    Args:
+      config: the decoder's switches.
+      shape: of its scale; None for that of the residual stream.
+    """
+    shape = config.hidden_size if shape is None else shape
     if config.norm == "layer":
-        return LayerNorm(config.hidden_size, config.norm_eps, affine=config.norm_affine, use_bias=config.norm_bias)
-    return RMSNorm(config.hidden_size, config.norm_eps, config.norm_offset)
+        switches = {"affine": config.norm_affine, "use_bias": config.norm_bias}
+        return LayerNorm(shape, config.norm_eps, config.norm_offset, **switches)
+    return RMSNorm(shape, config.norm_eps, config.norm_offset)
 
 
 def _along_last(param: nnx.Param, dtype: jnp.dtype, ndim: int, offset: float = 0.0) -> jax.Array:
-    """A vector in a dtype, shaped to broadcast along the last of `ndim` axes."""
-    vector = jnp.asarray(param.get_value(), dtype)
-    return (vector + jnp.asarray(offset, dtype) if offset else vector).reshape((1,) * (ndim - 1) + vector.shape)
+    """A parameter in a dtype, shaped to broadcast along the last of `ndim` axes."""
+    array = jnp.asarray(param.get_value(), dtype)
+    return (array + jnp.asarray(offset, dtype) if offset else array).reshape((1,) * (ndim - array.ndim) + array.shape)
 
 
 def softcapped(x: Float[jax.Array, "*batch"], cap: float | None) -> Float[jax.Array, "*batch"]:

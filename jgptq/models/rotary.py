@@ -65,6 +65,9 @@ class RopeConfig:
         # Where a file has both forms, transformers reads the old one.
         forms = config.get("rope_scaling") or config.get("rope_parameters") or {}
         given = {key: value for key, value in forms.items() if value is not None}
+        parted = sorted(key for key, value in given.items() if isinstance(value, Mapping))
+        if parted:
+            raise ArchitectureError(f"config.json: rotary settings of their own for {', '.join(parted)} are not implemented")
         rope_type = given.pop("rope_type", None) or given.pop("type", None) or "default"
         given.pop("type", None)
         if rope_type not in _REQUIRED:
@@ -83,7 +86,7 @@ class RopeConfig:
             # Phi-3 writes it at the top level of config.json; that value takes precedence over the one in the rotary settings.
             if config.get("original_max_position_embeddings") is not None:
                 given["original_max_position_embeddings"] = config["original_max_position_embeddings"]
-        rotated = int(head_dim * given["partial_rotary_factor"])
+        rotated = _rotated(head_dim, given["partial_rotary_factor"])
         missing = [key for key in _REQUIRED[rope_type] if given.get(key) is None]
         if missing:
             raise CheckpointError(f"config.json: rotary scaling {rope_type!r} needs {', '.join(missing)}")
@@ -97,6 +100,10 @@ class RopeConfig:
         fields = {field.name for field in dataclasses.fields(cls)}
         kept = {key: value for key, value in given.items() if key in fields and value is not None}
         return cls(rope_type=rope_type, max_position_embeddings=maximum, **kept)
+
+    def rotated(self, head_dim: int) -> int:
+        """Features of a head that are rotated."""
+        return _rotated(head_dim, self.partial_rotary_factor)
 
     def to_hf(self) -> dict[str, Any]:
         """The `rope_parameters` object of a Hugging Face config that `from_hf` reads back."""
@@ -136,24 +143,45 @@ def rotary_tables(
       Two float32 arrays `[S, partial_rotary_factor * F]` over the features that are rotated, multiplied by the attention factor;
       the second half of them repeats the first.
     """
-    inverse, factor = _inverse_frequencies(rope, int(head_dim * rope.partial_rotary_factor), length)
+    inverse, factor = _inverse_frequencies(rope, rope.rotated(head_dim), length)
     angles = jnp.arange(length, dtype=jnp.float32)[:, None] * jnp.asarray(inverse, jnp.float32)[None, :]
     angles = jnp.concatenate([angles, angles], axis=-1)
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
 def rotate(
-    x: Float[jax.Array, "b S H F"], cos: Float[jax.Array, "S rotated"], sin: Float[jax.Array, "S rotated"]
+    x: Float[jax.Array, "b S H F"],
+    cos: Float[jax.Array, "S rotated"],
+    sin: Float[jax.Array, "S rotated"],
+    pairs: str = "halves",
 ) -> Float[jax.Array, "b S H F"]:
-    """Rotates pairs (f, f + F/2) of features by the tables' angles, in the dtype of `x` as the reference models do; of heads that
-    are rotated in part, the first features."""
+    """Rotates pairs of features by the tables' angles, in the dtype of `x` as the reference models do.
+
+    Args:
+      x: queries or keys `[b, S, H, F]`; of heads that are rotated in part, the first R features are.
+      cos: cosines `[S, R]`, of which the second half repeats the first.
+      sin: sines, the same.
+      pairs: "halves", pairs (f, f + R/2), or "neighbours", pairs (2f, 2f + 1).
+
+    Returns:
+      The rotated queries or keys.
+    """
     width = cos.shape[-1]
     if width < x.shape[-1]:
-        return jnp.concatenate([rotate(x[..., :width], cos, sin), x[..., width:]], axis=-1)
+        return jnp.concatenate([rotate(x[..., :width], cos, sin, pairs), x[..., width:]], axis=-1)
     half = width // 2
-    turned = jnp.concatenate([-x[..., half:], x[..., :half]], axis=-1)
+    if pairs == "neighbours":
+        turned = jnp.stack([-x[..., 1::2], x[..., 0::2]], axis=-1).reshape(x.shape)
+        cos, sin = jnp.repeat(cos[:, :half], 2, axis=-1), jnp.repeat(sin[:, :half], 2, axis=-1)
+    else:
+        turned = jnp.concatenate([-x[..., half:], x[..., :half]], axis=-1)
     shape = (1, x.shape[1], 1, x.shape[3])
     return x * cos.astype(x.dtype).reshape(shape) + turned * sin.astype(x.dtype).reshape(shape)
+
+
+def _rotated(head_dim: int, factor: float) -> int:
+    """A part of the features of a head; a factor that is a ratio of whole numbers may fall short of it by rounding."""
+    return int(head_dim * factor + 1e-6)
 
 
 def _inverse_frequencies(rope: RopeConfig, width: int, length: int) -> tuple[np.ndarray, float]:

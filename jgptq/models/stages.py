@@ -20,7 +20,8 @@ QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 class Fusion:
     """Linears that readers fuse into one matrix, so that they need the same settings.
 
-    That linears share a Hessian does not say that they are fused: the stage says the former, this the latter.
+    That linears share a Hessian does not say that they are fused: the stage says the former, this the latter. What a file holds
+    as one matrix is one linear of the stage, and no fusion.
     """
 
     name: str  # dotted path that readers give the one matrix
@@ -70,42 +71,59 @@ def block_stages(config: ModelConfig) -> tuple[Stage, ...]:
       config: the decoder's switches.
 
     Returns:
-      Four stages: q/k/v, the attention's output, the linears that open the MLP, the one that closes it. A parallel block has
-      three: all that read its one norm share a Hessian.
+      Four stages: q/k/v, the attention's output, the linears that open the MLP, the one that closes it. Of a parallel block, all
+      that read the stream come first, because they read it before attention adds to it; where they share a norm, they are one
+      stage with one Hessian.
     """
-    form = config.block_form
-    opening = ("mlp.gate_proj", "mlp.up_proj") if config.gated_mlp else ("mlp.up_proj",)
-    attend = Step(name="attention", of=QKV, to="attended")
+    form, heads = config.block_form, config.num_attention_heads
+    qkv = QKV if config.qkv_layout is None else ("self_attn.qkv_proj",)
+    opening = _opening(config)
+    attend = Step(name="attention", of=qkv, to="attended")
     activate = Step(name="gate" if config.gated_mlp else "activation", of=opening, to="hidden")
-    fused_qkv = Fusion(name="self_attn.qkv_proj", linears=QKV)
-    fused_opening = (Fusion(name="mlp.gate_up_proj", linears=opening),) if config.gated_mlp else ()
+    qkv_fusions = _fusions("self_attn.qkv_proj", qkv)
+    opening_fusions = _fusions("mlp.gate_up_proj", opening)
+    # A head mixes each feature of its values by itself, so that their scales are those of its output, but for clipped ones. Where
+    # the values are a part of a fused linear, no linear takes such a scale on all its outputs.
     close_attention = Stage(
         linears=("self_attn.o_proj",),
         reads="attended",
-        steps=(_joins("self_attn.o_proj", "attn", form),),
-        # A head mixes each feature of its values by itself, so that their scales are those of its output.
-        absorber="self_attn.v_proj" if config.num_key_value_heads == config.num_attention_heads else None,
+        steps=(_joins("self_attn.o_proj", "attn", config),),
+        absorber="self_attn.v_proj" if qkv == QKV and heads == config.num_key_value_heads and config.clip_qkv is None else None,
     )
     close_mlp = Stage(
         linears=("mlp.down_proj",),
         reads="hidden",
-        steps=(_joins("mlp.down_proj", "mlp", form),),
+        steps=(_joins("mlp.down_proj", "mlp", config),),
         # The up projection is a factor of what is read; without a gate the activation has to be positively homogeneous.
-        absorber="mlp.up_proj" if config.gated_mlp or config.hidden_act == "relu" else None,
+        absorber="mlp.up_proj" if opening[-1] == "mlp.up_proj" and (config.gated_mlp or config.hidden_act == "relu") else None,
     )
     if form == "parallel":
-        open_both = _opens(QKV + opening, "attn_norm", (attend, activate), (fused_qkv, *fused_opening), config)
+        open_both = _opens(qkv + opening, "attn_norm", (attend, activate), qkv_fusions + opening_fusions, config)
         return open_both, close_attention, close_mlp
-    open_attention = _opens(QKV, "attn_norm", (attend,), (fused_qkv,), config)
-    open_mlp = _opens(opening, "mlp_norm", (activate,), fused_opening, config)
+    open_attention = _opens(qkv, "attn_norm", (attend,), qkv_fusions, config)
+    open_mlp = _opens(opening, "mlp_norm", (activate,), opening_fusions, config)
+    if form == "parallel_two_norms":
+        return open_attention, open_mlp, close_attention, close_mlp
     return open_attention, close_attention, open_mlp, close_mlp
+
+
+def _opening(config: ModelConfig) -> tuple[str, ...]:
+    """The linears that open the MLP."""
+    if config.gate_up_fused:
+        return ("mlp.gate_up_proj",)
+    return ("mlp.gate_proj", "mlp.up_proj") if config.gated_mlp else ("mlp.up_proj",)
+
+
+def _fusions(name: str, linears: tuple[str, ...]) -> tuple[Fusion, ...]:
+    """The fusion of several linears; none of one, as where the file holds them fused."""
+    return (Fusion(name=name, linears=linears),) if len(linears) > 1 else ()
 
 
 def _opens(
     linears: tuple[str, ...], norm: str, steps: tuple[Step, ...], fusions: tuple[Fusion, ...], config: ModelConfig
 ) -> Stage:
     """A stage that reads the residual stream, through a norm where the block's form has one there."""
-    normed = config.block_form in ("pre", "parallel", "sandwich")
+    normed = config.block_form in ("pre", "parallel", "parallel_two_norms", "sandwich")
     return Stage(
         linears=linears,
         reads=RESIDUAL,
@@ -116,11 +134,14 @@ def _opens(
     )
 
 
-def _joins(linear: str, sublayer: str, form: str) -> Step:
+def _joins(linear: str, sublayer: str, config: ModelConfig) -> Step:
     """How the output of a sublayer, "attn" or "mlp", joins the residual stream."""
+    form = config.block_form
     if form in ("output", "sandwich"):
         norm = f"{sublayer}_norm" if form == "output" else f"{sublayer}_out_norm"
         return Step(name="add_normed", of=(linear,), to=RESIDUAL, norm=norm)
+    if config.residual_multiplier != 1.0:
+        return Step(name="add_scaled", of=(linear,), to=RESIDUAL)
     return Step(name="add", of=(linear,), to=RESIDUAL, norm=f"{sublayer}_norm" if form == "post" else None)
 
 

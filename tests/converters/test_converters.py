@@ -31,6 +31,20 @@ FAMILIES = [
     tiny.OPT,
     tiny.OPT_350M,
     tiny.GEMMA2,
+    tiny.GEMMA3,
+    tiny.GRANITE,
+    tiny.COHERE,
+    tiny.PHI,
+    tiny.GPTJ,
+    tiny.OLMO,
+    tiny.SMOLLM3,
+    tiny.NEMOTRON,
+    tiny.GPT2,
+    tiny.NEOX,
+    tiny.BLOOM,
+    tiny.FALCON,
+    tiny.PHI3,
+    tiny.GLM4,
 ]
 
 
@@ -48,7 +62,10 @@ def test_float_folder_reads_back_as_it_was_written(tmp_path: Path, changes: dict
     ("bits", "sym", "file_format"),
     [(4, True, "gptq"), (4, True, "gptq_v2"), (3, False, "gptq_v2"), (2, True, "gptq"), (8, False, "gptq_v2")],
 )
-@pytest.mark.parametrize("changes", [*FAMILIES[:3], tiny.OPT_350M, tiny.GEMMA2])
+@pytest.mark.parametrize(
+    "changes",
+    [*FAMILIES[:3], tiny.OPT_350M, tiny.GEMMA2, tiny.GEMMA3, tiny.COHERE, tiny.GPTJ, tiny.GPT2, tiny.NEOX, tiny.PHI3],
+)
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_quantized_folder_reads_back_as_it_was_written(tmp_path: Path, changes: dict, bits: int, sym: bool, file_format):
     quantized, _ = jgptq.quantize(tiny.decoder(**changes), method="rtn", bits=bits, sym=sym, group_size=32)

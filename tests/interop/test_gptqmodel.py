@@ -34,19 +34,24 @@ def packed_kernels(decoder: Decoder) -> dict[str, PackedTensor]:
         for path, linear in block.linears().items()
     }
     if decoder.lm_head is not None:
-        kernels["lm_head"] = decoder.lm_head.kernel.get_value()
+        kernels[checkpoint_name("lm_head", decoder.config.model_type)] = decoder.lm_head.kernel.get_value()
     return {name: kernel for name, kernel in kernels.items() if isinstance(kernel, PackedTensor)}
 
 
-def check(folder: Path, tokens: np.ndarray, scratch: Path) -> None:
-    """Reads a folder with both and compares names, weights and logits."""
+def read_by_gptqmodel(folder: Path, tokens: np.ndarray, scratch: Path) -> dict[str, np.ndarray]:
+    """What `gptqmodel_reader.py` reads out of a folder."""
     if not (folder / "tokenizer.json").exists():  # GPTQModel will not load a folder without one
         Tokenizer(models.BPE(vocab={"a": 0}, merges=[])).save(str(folder / "tokenizer.json"))
     np.save(scratch / "tokens.npy", tokens)
     command = [PYTHON, Path(__file__).with_name("gptqmodel_reader.py"), folder, scratch / "tokens.npy", scratch / "read.npz"]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=scratch, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    read = np.load(scratch / "read.npz")
+    return dict(np.load(scratch / "read.npz"))
+
+
+def check(folder: Path, tokens: np.ndarray, scratch: Path) -> None:
+    """Reads a folder with both and compares names, weights and logits."""
+    read = read_by_gptqmodel(folder, tokens, scratch)
     ours = load_hf(folder)
     kernels = packed_kernels(ours)
     assert sorted(read["modules"].tolist()) == sorted(kernels)
@@ -106,6 +111,37 @@ def test_gptqmodel_reads_an_opt(tmp_path: Path, changes: dict, settings: dict):
     assert "model.decoder.layers.0.self_attn.out_proj" in names
     assert ("model.decoder.layers.1.fc1" in names) == ("rules" not in settings)
     check(save_hf(quantized, tmp_path / "out"), tiny.tokens(2), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "linear"),
+    [
+        (tiny.GPT2, "transformer.h.1.attn.c_attn"),
+        (tiny.NEOX | {"tie_word_embeddings": True}, "gpt_neox.layers.1.attention.query_key_value"),
+    ],
+    ids=["gpt2", "gpt-neox-tied"],
+)
+def test_gptqmodel_reads_linears_that_files_hold_fused(tmp_path: Path, changes: dict, linear: str):
+    quantized, _ = jgptq.quantize(tiny.decoder(**changes), tiny.tokens(), preset="fast", group_size=32)
+    assert linear in packed_kernels(quantized)
+    check(save_hf(quantized, tmp_path / "out"), tiny.tokens(2), tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:GPTQModel 7.6 refuses a fused gate_up_proj")
+def test_gptqmodel_reads_a_phi3_whose_gate_and_up_are_parted(tmp_path: Path):
+    """GPTQModel 7.6 asks for gate_proj and up_proj; the two halves of gate_up_proj are what it means by them."""
+    quantized, _ = jgptq.quantize(tiny.decoder(**tiny.PHI3), tiny.tokens(), preset="fast", group_size=32)
+    out, tokens = save_hf(quantized, tmp_path / "out"), tiny.tokens(2)
+    tiny.part_gate_and_up(out)
+    config = json.loads((out / "config.json").read_text())
+    # transformers' default, 32000 in a Phi-3, has to lie within the vocabulary.
+    (out / "config.json").write_text(json.dumps(config | {"pad_token_id": 0}))
+    read = read_by_gptqmodel(out, tokens, tmp_path)
+    tiny.assert_same(quantized, load_hf(out))
+    parts = [read[f"weight/model.layers.0.mlp.{part}"] for part in ("gate_proj", "up_proj")]
+    kernel = quantized.layers[0].mlp.gate_up_proj.kernel.get_value()
+    np.testing.assert_array_equal(np.concatenate(parts, axis=1), np.asarray(kernel.dequantize()))
+    assert np.abs(read["logits"] - np.asarray(quantized(jnp.asarray(tokens)))).max() < 1e-3
 
 
 def test_gptqmodel_reads_the_embedded_model(tmp_path: Path):

@@ -1,5 +1,6 @@
 """What the rows of the table and the stages of a block say, against the computation itself."""
 
+import dataclasses
 import functools
 import re
 
@@ -16,42 +17,43 @@ from oracles import alibi_attention
 from twins import ROWS, TOKENS, decoder_of, logits, logits_of, opt_dict, twin
 
 import jgptq
-from converters.names import LEAVES, leaves
+from converters.names import leaves, stored_rule
 from jgptq.errors import ArchitectureError, CalibrationError, ConfigError
 from jgptq.models import FAMILIES, RESIDUAL, AlibiPositions, Block, Decoder, Head, Linear, checkpoint_name, config_from_hf
 from jgptq.models.attention import alibi_slopes
 from jgptq.models.layers import LayerNorm, RMSNorm
 from jgptq.models.memory import copy_module
+from jgptq.models.sublayers import split_qkv
 from jgptq.run.batches import embed
 
 
 @functools.cache
 def tensor_names(row: str) -> dict[str, str]:
     """Name in the checkpoint -> path in the decoder, of every leaf."""
-    decoder = nnx.eval_shape(lambda: Decoder(config_from_hf(ROWS[row][0]), rngs=nnx.Rngs(0)))
-    model_type = ROWS[row][0]["model_type"]
+    config = config_from_hf(ROWS[row][0])
+    decoder = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
     pairs = [
-        (f"{checkpoint_name(path, model_type)}.{LEAVES[leaf].suffix}", f"{path}.{leaf}") for path, _, leaf in leaves(decoder)
+        (f"{checkpoint_name(path, config.model_type)}.{stored_rule(path, leaf, config.model_type).suffix}", f"{path}.{leaf}")
+        for path, _, leaf in leaves(decoder)
     ]
     assert len(dict(pairs)) == len(pairs) == len(jax.tree.leaves(decoder))
     return dict(pairs)
 
 
 def test_every_family_has_a_row_that_is_compared_with_transformers():
-    assert {hf["model_type"] for hf, _ in ROWS.values()} == set(FAMILIES)
+    assert {config_from_hf(hf).model_type for hf, _ in ROWS.values()} == set(FAMILIES)
 
 
 @pytest.mark.parametrize("row", ROWS)
 def test_the_names_of_all_leaves_are_those_of_transformers(row):
-    state = {name for name in twin(row).state_dict() if not twins.is_buffer(name)}
-    tied = {"lm_head.weight"} if twin(row).config.tie_word_embeddings else set()
-    assert tensor_names(row).keys() == state - tied
+    state = twins.stored_state(twin(row), config_from_hf(ROWS[row][0]).model_type)
+    assert tensor_names(row).keys() == state.keys()
 
 
 @given(st.sampled_from(sorted(FAMILIES)), st.data())
 def test_a_name_and_a_path_lead_to_each_other(family, data):
     """Of any linear or norm, in any block, two paths never have one name, and the number of the block is kept."""
-    rows = [row for row, (hf, _) in ROWS.items() if hf["model_type"] == family]
+    rows = [row for row, (hf, _) in ROWS.items() if config_from_hf(hf).model_type == family]
     names = tensor_names(data.draw(st.sampled_from(rows)))
     paths = sorted({path.rpartition(".")[0] for path in names.values()})
     within = [path.split(".", 2)[2] for path in paths if path.startswith("layers.0.")]
@@ -59,7 +61,7 @@ def test_a_name_and_a_path_lead_to_each_other(family, data):
     name = checkpoint_name(f"layers.{index}.{path}", family)
     back = [other for other in within if checkpoint_name(f"layers.{index}.{other}", family) == name]
     assert back == [path]
-    assert re.search(r"\.layers\.(\d+)\.", name).group(1) == str(index)
+    assert re.search(rf"\.{FAMILIES[family].blocks}\.(\d+)\.", name).group(1) == str(index)
 
 
 def test_a_name_in_an_unknown_architecture_is_refused():
@@ -82,7 +84,22 @@ def rescaled(unit: Block | Head, stage, scale: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize(
-    "row", ["llama", "llama_gqa", "opt", "opt_untied", "stablelm_parallel", "gemma", "gemma2", "olmo2", "qwen3"]
+    "row",
+    [
+        *("llama", "llama_gqa", "opt", "opt_untied", "stablelm_parallel", "gemma", "gemma2", "olmo2", "qwen3"),
+        *(
+            "granite_silent",
+            "gemma3",
+            "cohere_untied",
+            "phi",
+            "nemotron",
+            "olmo_clipped_each",
+            "gptj",
+            "gpt2",
+            "gpt_neox",
+            "glm4",
+        ),
+    ],
 )
 def test_a_scale_of_a_stages_inputs_that_its_absorber_takes_leaves_the_logits(row):
     decoder, random = copy_module(decoder_of(row)), np.random.default_rng(0)
@@ -109,6 +126,15 @@ def test_a_scale_of_a_stages_inputs_that_its_absorber_takes_leaves_the_logits(ro
         ("stablelm_parallel", ["attn_norm", None, "mlp.up_proj"]),
         ("olmo2", [None, None, None, "mlp.up_proj"]),
         ("gemma2", ["attn_norm", None, "mlp_norm", "mlp.up_proj"]),
+        ("olmo_clipped_each", [None, None, None, "mlp.up_proj"]),
+        ("granite_silent", ["attn_norm", "self_attn.v_proj", "mlp_norm", "mlp.up_proj"]),
+        ("phi", ["attn_norm", None, None]),
+        ("jais2", ["attn_norm", None, "mlp_norm", None]),
+        ("gpt2", ["attn_norm", None, "mlp_norm", None]),
+        ("phi3", ["attn_norm", None, "mlp_norm", None]),
+        ("glm4_every_head_its_own", ["attn_norm", "self_attn.v_proj", "mlp_norm", None]),
+        ("gpt_neox", ["attn_norm", "mlp_norm", None, None]),
+        ("falcon", ["attn_norm", None, None]),
     ],
 )
 def test_stages_say_what_can_absorb_a_scale(row, expected):
@@ -117,13 +143,23 @@ def test_stages_say_what_can_absorb_a_scale(row, expected):
 
 def test_an_activation_that_is_not_homogeneous_cannot_pass_a_scale_on():
     config = config_from_hf(opt_dict(activation_function="gelu"))
-    block = nnx.eval_shape(lambda: Block(config, None, rngs=nnx.Rngs(0)))
+    block = nnx.eval_shape(lambda: Block(config, config.layers[0], rngs=nnx.Rngs(0)))
     assert [stage.absorber for stage in block.stages()] == ["attn_norm", "self_attn.v_proj", "mlp_norm", None]
 
 
 @pytest.mark.parametrize(
     ("row", "added"),
-    [("llama", [1, 3]), ("opt_post_norm_projected", [1, 3]), ("stablelm_parallel", [1, 2]), ("olmo2", []), ("gemma2", [])],
+    [
+        ("llama", [1, 3]),
+        ("opt_post_norm_projected", [1, 3]),
+        ("stablelm_parallel", [1, 2]),
+        ("olmo2", []),
+        ("gemma2", []),
+        ("granite", []),
+        ("granite_silent", [1, 3]),
+        ("gptj", [1, 2]),
+        ("gpt_neox", [2, 3]),
+    ],
 )
 def test_a_stage_that_adds_changes_the_stream_by_its_output_and_no_other_does(row, added):
     """`adds` is what the shift of targets builds on: before a norm of the stream, the output is added as it is."""
@@ -142,7 +178,7 @@ def test_a_stage_that_adds_changes_the_stream_by_its_output_and_no_other_does(ro
     assert adding == added == [number for number, stage in enumerate(block.stages()) if stage.adds]
 
 
-@pytest.mark.parametrize("row", ["llama", "opt_post_norm_projected", "stablelm_parallel", "gemma2", "olmo2", "qwen3"])
+@pytest.mark.parametrize("row", ["llama", "opt_post_norm_projected", "stablelm_parallel", "gemma2", "olmo2", "qwen3", "gpt_neox"])
 def test_stages_name_every_norm_of_a_block_but_those_of_queries_and_keys(row):
     """By these names norms are tuned, and written again after that."""
     block = decoder_of(row).layers[0]
@@ -162,6 +198,38 @@ def test_linears_that_share_a_hessian_and_those_that_readers_fuse_are_two_facts(
     assert (opening.linears, opening.fusions) == (("mlp.up_proj",), ())
 
 
+def test_a_parallel_block_opens_its_mlp_before_attention_adds_to_the_stream():
+    """Both sublayers read the stream that the block began with, each through a norm of its own."""
+    block = decoder_of("gpt_neox").layers[0]
+    start = decoder_of("gpt_neox").embed(jnp.asarray(TOKENS))
+    carry, read = {RESIDUAL: start}, {}
+    for stage in block.stages():
+        read |= {stage.linears: block.inputs(stage, carry)}
+        carry = block.run(stage, carry)
+    np.testing.assert_array_equal(read["self_attn.qkv_proj",], block.attn_norm(start))
+    np.testing.assert_array_equal(read["mlp.up_proj",], block.mlp_norm(start))
+    assert carry.keys() == {RESIDUAL}
+
+
+@pytest.mark.parametrize("row", ["gpt2", "gpt_bigcode", "bloom", "falcon_grouped", "phi3"])
+def test_the_layout_of_a_fused_linear_says_which_features_are_whose(row):
+    """Three linears made of the columns of the one give the same logits."""
+    fused = decoder_of(row)
+    config = dataclasses.replace(fused.config, qkv_layout=None)
+    parted = copy_module(fused)
+    for index, block in enumerate(fused.layers):
+        attention, one = Block(config, config.layers[0], rngs=nnx.Rngs(0)).self_attn, block.self_attn.qkv_proj
+        for part in ("kernel", "bias"):
+            if getattr(one, part) is not None:
+                columns = split_qkv(getattr(one, part).get_value().reshape(1, -1, one.kernel.get_value().shape[1]), fused.config)
+                for name, column in zip(("q_proj", "k_proj", "v_proj"), columns, strict=True):
+                    getattr(getattr(attention, name), part).set_value(column[0] if part == "kernel" else column[0, 0])
+        attention.o_proj = block.self_attn.o_proj
+        parted.layers[index].config, parted.layers[index].self_attn = config, attention
+    assert len(parted.layers[0].stages()[0].linears) == 3
+    np.testing.assert_allclose(logits(parted), logits_of(row), rtol=0, atol=1e-4)
+
+
 def test_rules_that_part_linears_of_a_stage_are_refused_with_the_reason_that_holds():
     params = tiny.decoder(block_form="parallel")
     for pattern, fused in ((".*gate_proj", True), (".*(gate|up)_proj", False)):
@@ -170,13 +238,14 @@ def test_rules_that_part_linears_of_a_stage_are_refused_with_the_reason_that_hol
         assert ("readers fuse them into one matrix" in str(caught.value)) == fused
 
 
-@pytest.mark.parametrize("row", ["opt", "opt_post_norm_projected", "gemma", "gemma2", "llama"])
+@pytest.mark.parametrize("row", ["opt", "opt_post_norm_projected", "gemma", "gemma2", "gemma3", "granite", "bloom", "gpt2"])
 def test_calibration_begins_where_the_model_begins(row):
     decoder = decoder_of(row)
     batch, *others = embed(decoder, [TOKENS], reference=True)
     assert not others
     captured = []
-    first = (twin(row).model.decoder if row.startswith("opt") else twin(row).model).layers[0]
+    family = FAMILIES[decoder.config.model_type]
+    first = functools.reduce(getattr, (*family.decoder.split("."), family.blocks), twin(row))[0]
     hook = first.register_forward_pre_hook(lambda _, args, kwargs: captured.append(args[0]), with_kwargs=True)
     twins.torch_logits(twin(row))
     hook.remove()
@@ -200,9 +269,12 @@ def test_the_slopes_of_alibi_are_those_of_the_paper():
 @pytest.mark.parametrize(("heads", "shared", "window"), [(4, 4, None), (6, 3, None), (4, 2, 5)])
 def test_alibi_is_the_textbooks(heads, shared, window):
     config = tiny.config(
-        num_attention_heads=heads, num_key_value_heads=shared, positions=AlibiPositions(max_position_embeddings=16)
+        num_attention_heads=heads,
+        num_key_value_heads=shared,
+        positions=AlibiPositions(max_position_embeddings=16),
+        layer_windows=(window,),
     )
-    attention = Block(config, window, rngs=nnx.Rngs(0)).self_attn
+    attention = Block(config, config.layers[0], rngs=nnx.Rngs(0)).self_attn
     random = np.random.default_rng(0)
     q, k, v = (random.normal(size=(2, 24, count, 16)).astype(np.float32) for count in (heads, shared, shared))
     flat = [jnp.asarray(part.reshape(2, 24, -1)) for part in (q, k, v)]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from twins import LENGTH, ROWS, TOKENS, decoder_of, logits, logits_of, torch_logits, torch_twin, twin, with_weights
 
-from jgptq.models import RESIDUAL, Linear, RMSNorm, config_from_hf
+from jgptq.models import RESIDUAL, LayerNorm, Linear, RMSNorm, config_from_hf
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -30,7 +30,7 @@ def test_the_setting_of_a_row_shows_in_the_logits(name):
     assert np.max(np.abs(logits(without) - logits_of(name))) > 5e-4  # five times what parity allows
 
 
-@pytest.mark.parametrize("name", ["llama_every_bias", "llama_tied", "qwen3", "gemma2"])
+@pytest.mark.parametrize("name", ["llama_every_bias", "llama_tied", "qwen3", "gemma2", "cohere", "granite", "nemotron"])
 def test_bfloat16_is_as_near_to_float32_as_transformers_bfloat16(name):
     # Both round to 8 bits, in different places, so neither can be asked for the other's digits. With e the distance of the
     # reference's bfloat16 from its float32 on the same rounded weights, two independent errors of that size are sqrt(2) e apart.
@@ -54,6 +54,14 @@ def test_a_bfloat16_norm_takes_its_mean_in_float32_as_transformers_does():
     expected = LlamaRMSNorm(64, 1e-6).bfloat16()(h).detach().float().numpy()
     ours = np.asarray(RMSNorm(64, 1e-6)(jnp.asarray(h.float().numpy(), jnp.bfloat16)).astype(jnp.float32))
     assert np.mean(ours != expected) < 0.01  # bit for bit, but for sums that float32 takes in another order
+
+
+@pytest.mark.parametrize("kind", [RMSNorm, LayerNorm])
+@pytest.mark.parametrize("shape", [64, (2, 64)])
+def test_a_norm_starts_neutral_wherever_its_scale_is_measured_from(kind, shape):
+    h = jnp.asarray(np.random.default_rng(0).normal(size=(3, 2, 64)), jnp.float32)
+    np.testing.assert_allclose(kind(shape, 1e-6)(h), kind(64, 1e-6, 1.0)(h), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(jnp.mean(jnp.square(kind(shape, 1e-6, 1.0)(h)), axis=-1), 1.0, atol=1e-4)
 
 
 def test_a_block_is_its_stages_and_a_decoder_its_blocks():
@@ -81,7 +89,7 @@ def test_blocks_of_one_shape_and_window_share_one_trace(name, traces):
 
     @jax.jit
     def step(block, residual):
-        traced.append(block.self_attn.window)
+        traced.append(block.self_attn.layer)
         return block(residual)
 
     start = residual = decoder.embed(jnp.asarray(TOKENS))

@@ -21,6 +21,9 @@ FORMS = [
     (tiny.OPT_350M, ["mlp.up_proj"]),
     ({"block_form": "parallel", "norm": "layer"}, ["mlp.gate_up_proj"]),
     (tiny.GEMMA2, ["mlp.gate_up_proj"]),
+    (tiny.GPTJ, ["mlp.up_proj"]),
+    (tiny.NEOX, ["mlp.up_proj"]),
+    (tiny.PHI3, ["mlp.gate_up_proj"]),
 ]
 
 
@@ -28,7 +31,13 @@ FORMS = [
     "settings",
     [
         {"method": "rtn", "bits": 8, "sym": False, "group_size": -1},
-        {"preset": "fast", "bits": 4, "order": "desc_act", "group_size": 32, "rules": {r"+:.*(o|out)_proj": {"bits": 3}}},
+        {
+            "preset": "fast",
+            "bits": 4,
+            "order": "desc_act",
+            "group_size": 32,
+            "rules": {r"+:.*((o|out)_proj|attention.dense)": {"bits": 3}},
+        },
     ],
 )
 @pytest.mark.filterwarnings("ignore:vLLM refuses")

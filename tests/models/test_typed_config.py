@@ -6,7 +6,9 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from twins import ROWS, SLIDING, hf_dict, opt_dict
+from rows.common import hf_dict
+from rows.dense import GPTJ
+from twins import ROWS, opt_dict
 
 from jgptq.errors import ArchitectureError, CheckpointError, JgptqError
 from jgptq.models import FAMILIES, ModelConfig, config_from_hf
@@ -121,6 +123,36 @@ def test_an_unknown_architecture_names_the_nearest(model_type, nearest):
         config_from_hf(hf_dict(model_type))
 
 
+def test_rotary_settings_of_each_kind_of_block_are_checked_and_refused_where_a_family_has_none():
+    each = {"full_attention": {"rope_type": "default", "rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}
+    gemma3 = hf_dict("gemma3_text", rope_theta=None, sliding_window=5, layer_types=["sliding_attention", "full_attention"])
+    layers = config_from_hf(gemma3 | {"rope_parameters": each}).layers
+    assert [layer.rope.rope_theta for layer in layers] == [1e4, 1e6]
+    with pytest.raises(CheckpointError, match=r"rope_parameters.sliding_attention.rope_theta: expected a number"):
+        config_from_hf(gemma3 | {"rope_parameters": each | {"sliding_attention": {"rope_theta": "x"}}})
+    with pytest.raises(ArchitectureError, match="of their own for full_attention, sliding_attention are not implemented"):
+        config_from_hf(hf_dict("llama", rope_parameters=each))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rotary_dim": 18}, "rotary_dim 18 is more than a head has, 16"),
+        ({"rotary_dim": 5}, "even number of features of a head, found 5"),
+        ({"n_positions": 0}, "n_positions: expected a whole number in"),
+        ({"hidden_size": "64"}, "hidden_size: expected a whole number in"),  # another name of n_embd
+    ],
+)
+def test_keys_that_only_a_gptj_has_are_checked(changes, message):
+    with pytest.raises(CheckpointError, match=message):
+        config_from_hf(GPTJ | changes)
+
+
+def test_another_name_of_a_required_key_is_enough():
+    renamed = {"n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads"}
+    assert config_from_hf({renamed.get(key, key): value for key, value in GPTJ.items()}) == config_from_hf(GPTJ)
+
+
 def test_code_that_a_config_names_is_never_run_and_the_error_says_so():
     code = {"auto_map": {"AutoModelForCausalLM": "modeling_x.XForCausalLM"}}
     with pytest.raises(ArchitectureError, match=r"code of its own \(auto_map\), which is never run"):
@@ -136,7 +168,7 @@ JSON = st.recursive(
 
 
 @given(
-    st.sampled_from([hf_dict("llama"), hf_dict("gemma2"), hf_dict("stablelm"), hf_dict("qwen3", **SLIDING), opt_dict()]),
+    st.sampled_from([hf for hf, _ in ROWS.values()]),
     st.data(),
 )
 def test_no_value_of_any_key_raises_anything_but_our_errors(hf, data):

@@ -37,6 +37,15 @@ FORMS = {
     "parallel": {"block_form": "parallel"},
     "output": {"block_form": "output", "qk_norm": "width"},
     "gemma2": tiny.GEMMA2,
+    "gemma3": tiny.GEMMA3,
+    "granite": tiny.GRANITE,
+    "cohere": tiny.COHERE,
+    "phi": tiny.PHI,
+    "olmo": tiny.OLMO,
+    "smollm3": tiny.SMOLLM3,
+    "gpt2": tiny.GPT2,
+    "gpt-neox": tiny.NEOX,
+    "phi3": tiny.PHI3,
 }
 
 

@@ -6,10 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors.numpy
 from flax import nnx
 
 from converters import save_hf
-from jgptq.models import Decoder, LearnedPositions, ModelConfig
+from converters.checkpoint import SINGLE
+from jgptq.models import FAMILIES, AlibiPositions, Decoder, LearnedPositions, ModelConfig, RopeConfig
 
 VOCAB, SEQ_LEN = 96, 16
 
@@ -46,6 +48,114 @@ GEMMA2 = {
 """What makes a Gemma 2 of a tiny decoder: four norms a block, bounded scores and logits, a window in every other block."""
 
 
+COHERE = {
+    "model_type": "cohere",
+    "norm": "layer",
+    "block_form": "parallel",
+    "rotary_pairs": "neighbours",
+    "positions": RopeConfig(rope_theta=500000.0, max_position_embeddings=8192),
+    "qk_norm": "heads",
+    "logit_scale": 2.0,
+    "tie_word_embeddings": True,
+}
+"""A Cohere: one norm without bias for attention and MLP, a norm of each head of queries and keys, rotated neighbours."""
+GEMMA3 = GEMMA2 | {
+    "model_type": "gemma3_text",
+    "qk_norm": "head",
+    "attn_logit_softcapping": None,
+    "layer_ropes": (RopeConfig(rope_theta=100.0), RopeConfig()),
+}
+"""A Gemma 3: a base wavelength of their own in blocks with a window, norms of queries and keys."""
+GRANITE = {
+    "model_type": "granite",
+    "embedding_multiplier": 3.0,
+    "attention_multiplier": 0.4,
+    "residual_multiplier": 0.5,
+    "logits_scaling": 0.5,
+}
+"""A Granite: multipliers of token vectors, scores, what is added to the stream, and logits."""
+PHI = {
+    "model_type": "phi",
+    "norm": "layer",
+    "norm_bias": True,
+    "block_form": "parallel",
+    "gated_mlp": False,
+    "hidden_act": "gelu_new",
+    "positions": RopeConfig(partial_rotary_factor=0.5),
+    "qkv_bias": True,
+    "o_bias": True,
+    "mlp_bias": True,
+    "lm_head_bias": True,
+}
+"""A Phi-2: parallel without a gate, partial rotation, biases everywhere."""
+GPTJ = PHI | {
+    "model_type": "gptj",
+    "num_key_value_heads": 4,
+    "rotary_pairs": "neighbours",
+    "qkv_bias": False,
+    "o_bias": False,
+}
+"""A GPT-J: blocks that lie elsewhere in its files."""
+OLMO = {
+    "model_type": "olmo",
+    "norm": "layer",
+    "norm_affine": False,
+    "norm_eps": 1e-5,
+    "clip_qkv": 0.8,
+}
+"""An OLMo 1: norms without weights, clipped queries, keys and values."""
+SMOLLM3 = {"model_type": "smollm3", "layer_ropes": (RopeConfig(), None), "tie_word_embeddings": True}
+"""A SmolLM3: a block without positions."""
+NEMOTRON = {
+    "model_type": "nemotron",
+    "norm": "layer",
+    "norm_bias": True,
+    "norm_offset": 1.0,
+    "gated_mlp": False,
+    "hidden_act": "relu2",
+    "positions": RopeConfig(partial_rotary_factor=0.5),
+}
+"""A Nemotron: layer norms that store their distance from one, squared ReLU."""
+
+
+def _of(model_type: str, **changes: Any) -> dict[str, Any]:
+    return {"model_type": model_type, **FAMILIES[model_type].fixed, **changes}
+
+
+GPT2 = _of(
+    "gpt2",
+    num_key_value_heads=4,
+    hidden_act="gelu_new",
+    positions=LearnedPositions(max_position_embeddings=32),
+    tie_word_embeddings=True,
+)
+"""What makes a GPT-2 of a tiny decoder: one linear for queries, keys and values, and kernels that files do not transpose."""
+NEOX = _of(
+    "gpt_neox",
+    num_key_value_heads=4,
+    hidden_act="gelu",
+    block_form="parallel_two_norms",
+    positions=RopeConfig(partial_rotary_factor=0.25),
+    qkv_bias=True,
+    o_bias=True,
+)
+"""A GPT-NeoX: two norms of the same stream, and an output projection of its own name."""
+BLOOM = _of(
+    "bloom",
+    num_key_value_heads=4,
+    intermediate_size=256,
+    positions=AlibiPositions(max_position_embeddings=2048),
+    tie_word_embeddings=True,
+)
+"""A BLOOM: ALiBi, and a norm of the token vectors."""
+FALCON = _of("falcon_grouped", hidden_act="gelu", tie_word_embeddings=True)
+"""A Falcon whose heads share keys and values in groups."""
+PHI3 = _of("phi3")
+"""A Phi-3: one linear for queries, keys and values, and one for gate and up."""
+GLM4 = _of("glm4", qkv_bias=True, positions=RopeConfig(partial_rotary_factor=0.5))
+"""A GLM-4: one linear for gate and up, rotated neighbours, four norms a block."""
+
+
 def config(**changes: Any) -> ModelConfig:
     base: dict[str, Any] = {
         "vocab_size": VOCAB,
@@ -75,6 +185,17 @@ def decoder(seed: int = 0, dtype: Any = jnp.float16, **changes: Any) -> Decoder:
 
 def folder(path: Path, **changes: Any) -> Path:
     return save_hf(decoder(**changes), path, format="float")
+
+
+def part_gate_and_up(path: Path) -> None:
+    """Replaces each packed gate_up_proj of a GPTQ folder by gate_proj and up_proj, as GPTQModel names and asks for them."""
+    tensors = safetensors.numpy.load_file(path / SINGLE)
+    for name in [name for name in tensors if ".gate_up_proj." in name]:
+        tensor = tensors.pop(name)
+        halves = (tensor, tensor) if name.endswith("g_idx") else np.split(tensor, 2, axis=-1)
+        for part, half in zip(("gate_proj", "up_proj"), halves, strict=True):
+            tensors[name.replace("gate_up_proj", part)] = np.array(half)  # safetensors writes a view as if it were whole
+    safetensors.numpy.save_file(tensors, path / SINGLE, metadata={"format": "pt"})
 
 
 def tokens(samples: int = 24, length: int = SEQ_LEN, seed: int = 0) -> np.ndarray:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from jgptq.models.rotary import RopeConfig
 
-ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
+ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "relu2")
 DTYPES = ("float32", "bfloat16")
 
 
@@ -23,9 +23,19 @@ class AlibiPositions:
     """A linear penalty on distance in the attention's scores (arXiv 2108.12409)."""
 
     max_position_embeddings: int  # positions that the model was made for; more are accepted
+    scaled: bool = False  # the penalty is divided by sqrt(F), as the products of queries and keys are
+    dtype: str = "float32"  # what slopes, positions and their products are rounded to
 
 
 Positions = RopeConfig | LearnedPositions | AlibiPositions
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerConfig:
+    """What the blocks of one decoder may differ in."""
+
+    window: int | None = None  # positions that attention sees, the query's own included; None for all before it
+    rope: RopeConfig | None = None  # rotary settings; None where queries and keys are not rotated
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,24 +52,36 @@ class ModelConfig:
     head_dim: int  # F
     hidden_act: str = "silu"  # activation of the MLP
     gated_mlp: bool = True  # `down(act(gate(h)) * up(h))`, else `down(act(up(h)))`
-    block_form: str = "pre"  # where norms stand: pre, parallel, post, output or sandwich; see `jgptq.models.block.Block`
+    gate_up_fused: bool = False  # gate and up are one linear, whose output is theirs side by side
+    qkv_layout: str | None = None  # None: three linears; stacked or grouped: one, see `jgptq.models.sublayers.split_qkv`
+    block_form: str = "pre"  # where norms stand; the forms are listed in `jgptq.models.block.Block`
     norm: str = "rms"  # rms or layer
     norm_eps: float = 1e-6  # added to the mean square, or to the variance
     norm_affine: bool = True  # norms have a scale, and a layer norm may have a bias
     norm_bias: bool = False  # layer norms have a bias
-    norm_offset: float = 0.0  # what is added to the stored scale of an RMS norm
+    norm_offset: float = 0.0  # what is added to the stored scale of a norm
     final_norm: bool = True  # a norm follows the last block; not where blocks end with one
     positions: Positions = dataclasses.field(default_factory=RopeConfig)  # rotary, learned or ALiBi
+    rotary_pairs: str = "halves"  # features rotated together: f and f + F/2 (halves), or 2f and 2f + 1 (neighbours)
+    layer_ropes: tuple[RopeConfig | None, ...] | None = None  # per block, None for no rotation; None: `positions` in all
     embedding_width: int | None = None  # width of token vectors, projected to D; None: D
     embedding_scaled: bool = False  # token vectors are multiplied by sqrt(D)
+    embedding_norm: bool = False  # token vectors are normed before the first block
+    embedding_multiplier: float = 1.0  # factor of the token vectors
+    residual_multiplier: float = 1.0  # factor of what a pre-norm or parallel block adds to the stream
     tie_word_embeddings: bool = False  # the output projection is the embedding
     qkv_bias: bool = False  # biases on q, k, v
     o_bias: bool = False  # bias on the attention's output projection
     mlp_bias: bool = False  # biases in the MLP
-    qk_norm: str | None = None  # RMS norm on queries and keys: on each "head", on the whole "width", or none
+    lm_head_bias: bool = False  # bias on the output projection, which is not tied then
+    clip_qkv: float | None = None  # outputs of q, k, v are clipped to this magnitude
+    qk_norm: str | None = None  # norm of queries and keys: "head" (one scale for all heads), "heads" (one each), "width", or none
     query_pre_attn_scalar: float | None = None  # scores are divided by its square root; None: head_dim
+    attention_multiplier: float | None = None  # factor of scores; None: by `query_pre_attn_scalar`
     attn_logit_softcapping: float | None = None  # a bound that scores approach, see `jgptq.models.layers.softcapped`
     final_logit_softcapping: float | None = None  # the same of the logits
+    logit_scale: float = 1.0  # logits are multiplied by it
+    logits_scaling: float = 1.0  # logits are divided by it
     layer_windows: tuple[int | None, ...]  # per block: positions that attention sees, None for all
     dtype: str = "float32"  # what activations are computed in: float32 or bfloat16
 
@@ -67,6 +89,13 @@ class ModelConfig:
     def compute_dtype(self) -> jnp.dtype:
         """`dtype` as jax's own."""
         return jnp.dtype(self.dtype)
+
+    @property
+    def layers(self) -> tuple[LayerConfig, ...]:
+        """What each block is made with."""
+        shared = self.positions if isinstance(self.positions, RopeConfig) else None
+        ropes = (shared,) * len(self.layer_windows) if self.layer_ropes is None else self.layer_ropes
+        return tuple(LayerConfig(window=window, rope=rope) for window, rope in zip(self.layer_windows, ropes, strict=True))
 
     @property
     def has_final_norm(self) -> bool:

@@ -5,11 +5,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jgptq.errors import ArchitectureError, CheckpointError
-from jgptq.models.architecture.config import ACTIVATIONS, DTYPES, LearnedPositions, ModelConfig, Positions
-from jgptq.models.architecture.families import FAMILIES, SWITCHES, family_of, unknown
-from jgptq.models.architecture.row import REQUIRED, Family, Window
-from jgptq.models.architecture.typed import KEYS, QUANTIZATION, ROPE, problems, read_keys, refuse
-from jgptq.models.rotary import RopeConfig
+from jgptq.models.architecture.config import ACTIVATIONS, DTYPES, ModelConfig
+from jgptq.models.architecture.families import SWITCHES, family_of, file_type, row_of
+from jgptq.models.architecture.per_layer import positions_to_hf, read_positions, read_ropes, read_windows, windows_to_hf
+from jgptq.models.architecture.row import REQUIRED, Family
+from jgptq.models.architecture.typed import BLOCK_KINDS, KEYS, QUANTIZATION, ROPE, problems, read_keys, refuse
 
 
 def config_from_hf(hf: Mapping[str, Any], dtype: str = "auto") -> ModelConfig:
@@ -28,18 +28,18 @@ def config_from_hf(hf: Mapping[str, Any], dtype: str = "auto") -> ModelConfig:
         implemented.
       CheckpointError: values that are missing, of a wrong type or out of range, all at once; or values that contradict others.
     """
-    model_type = str(hf.get("model_type"))
-    if model_type not in FAMILIES and "auto_map" in hf:
-        raise ArchitectureError(f"{unknown(model_type)}. It names code of its own (auto_map), which is never run")
-    family = family_of(model_type)
-    refuse(_value_problems(hf, family, model_type))
+    row = row_of(hf)
+    family = family_of(row)
+    refuse(_value_problems(hf, family))
+    given = {switch: key.given(hf) for switch, key in family.keys.items()}
     _refuse_switches(hf, family)
-    fields = {switch: key.read(hf.get(key.name, key.default)) for switch, key in family.keys.items()} | dict(family.fixed)
+    fields = {switch: key.read(given[switch]) for switch, key in family.keys.items()} | dict(family.fixed)
     heads, width = fields["num_attention_heads"], fields["hidden_size"]
     fields["num_key_value_heads"] = kv_heads = (
         heads if fields.get("num_key_value_heads") is None else fields["num_key_value_heads"]
     )
     fields["head_dim"] = fields.get("head_dim") or width // heads
+    fields["intermediate_size"] = fields.get("intermediate_size") or 4 * width
     if fields["head_dim"] == 0:
         raise CheckpointError(f"config.json: hidden_size {width} cannot be divided into {heads} attention heads")
     if heads % kv_heads:
@@ -50,11 +50,14 @@ def config_from_hf(hf: Mapping[str, Any], dtype: str = "auto") -> ModelConfig:
         raise ArchitectureError(f"config.json: {name} {found} is not known; known are {known}")
     if fields.get("embedding_width") == width:
         fields["embedding_width"] = None
+    windows = read_windows(hf, family.window, fields["num_hidden_layers"])
+    positions = read_positions(hf, family, fields["head_dim"])
     return ModelConfig(
-        model_type=model_type,
+        model_type=row,
         **fields,
-        positions=_positions(hf, family, fields["head_dim"]),
-        layer_windows=_layer_windows(hf, family.window),
+        positions=positions,
+        layer_ropes=read_ropes(hf, family, positions, windows, fields["head_dim"]),
+        layer_windows=windows,
         dtype=_resolve_dtype(hf, dtype),
     )
 
@@ -67,88 +70,41 @@ def config_to_hf(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
       dtype: dtype of the stored tensors, for `torch_dtype`.
     """
     family = family_of(config.model_type)
-    hf: dict[str, Any] = {"architectures": [family.hf_class], "model_type": config.model_type}
+    hf: dict[str, Any] = {"architectures": [family.hf_class], "model_type": file_type(config.model_type)}
+    hf |= {key: values[0] for key, values in family.where.items()}
     hf |= {key.name: key.stored(getattr(config, switch)) for switch, key in family.keys.items()}
     if config.embedding_width is None and "embedding_width" in family.keys:
         hf[family.keys["embedding_width"].name] = config.hidden_size
-    if family.window is not None:
-        hf |= _windows_to_hf(config.layer_windows, family.window)
-    hf["max_position_embeddings"] = config.positions.max_position_embeddings
-    if isinstance(config.positions, RopeConfig):
-        hf |= {"rope_parameters": config.positions.to_hf(), "rope_theta": config.positions.rope_theta}
+    hf |= windows_to_hf(config.layer_windows, family.window) | positions_to_hf(config, family)
     return hf | {"torch_dtype": dtype}
 
 
-def _value_problems(hf: Mapping[str, Any], family: Family, model_type: str) -> Iterator[str]:
+def _value_problems(hf: Mapping[str, Any], family: Family) -> Iterator[str]:
     """A sentence for every value that is missing, of a wrong type or out of range."""
-    required = dict.fromkeys(key.name for key in family.keys.values() if key.default is REQUIRED)
-    missing = [name for name in required if hf.get(name) is None]
+    required = [key for key in family.keys.values() if key.default is REQUIRED]
+    missing = {key.name: key for key in required if key.given(hf) in (None, REQUIRED)}
     if missing:
-        yield f"{', '.join(missing)} missing; is this the config of a {model_type} model?"
-    yield from problems(hf, KEYS, sorted(read_keys(family) - set(missing)))
+        yield f"{', '.join(missing)} missing; is this the config of a {hf['model_type']} model?"
+    silent = {name for key in missing.values() for name in (key.name, *key.aliases)}
+    yield from problems(hf, KEYS, sorted(read_keys(family) - silent))
     for name, kinds in (("rope_parameters", ROPE), ("rope_scaling", ROPE), ("quantization_config", QUANTIZATION)):
         within = hf.get(name)
         if isinstance(within, Mapping):
             yield from problems(within, kinds, kinds, name)
+            for kind in BLOCK_KINDS:  # Gemma 3 and others have rotary settings of each kind of block
+                if isinstance(within.get(kind), Mapping):
+                    yield from problems(within[kind], kinds, kinds, f"{name}.{kind}")
 
 
 def _refuse_switches(hf: Mapping[str, Any], family: Family) -> None:
     """Raises an error that names every key which asks for a computation that the row does not describe."""
-    read = {key.name for key in family.keys.values()}
     wrong = [
         f"expected {name} {' or '.join(map(repr, values)) or 'null'}, found {reprlib.repr(hf[name])}"
         for name, values in SWITCHES.items()
-        if name not in read and hf.get(name) is not None and hf[name] not in values
+        if name not in family.names and hf.get(name) is not None and hf[name] not in values
     ]
     if wrong:
         raise ArchitectureError(f"config.json: not implemented for architecture {hf['model_type']!r}: {'; '.join(wrong)}")
-
-
-def _positions(hf: Mapping[str, Any], family: Family, head_dim: int) -> Positions:
-    """How positions reach the attention."""
-    if family.positions == "learned":
-        most = hf.get("max_position_embeddings", family.max_positions)
-        return LearnedPositions(max_position_embeddings=most, offset=family.position_offset)
-    return RopeConfig.from_hf({"max_position_embeddings": family.max_positions, **hf}, head_dim, family.partial_rotary)
-
-
-def _layer_windows(hf: Mapping[str, Any], known: Window | None) -> tuple[int | None, ...]:
-    """The attention window of each block, by the rules of each architecture's own config."""
-    layers = hf["num_hidden_layers"]
-    window = None if known is None else hf.get("sliding_window", known.default)
-    if known is None or window is None:
-        return (None,) * layers
-    if known.blocks == "all":
-        return (window,) * layers
-    if known.blocks == "opt_in" and not hf.get("use_sliding_window", False):
-        return (None,) * layers
-    types = hf.get("layer_types")
-    if types is None:
-        first = hf.get("max_window_layers", 28)
-        slides = [i % 2 == 0 if known.blocks == "alternating" else i >= first for i in range(layers)]
-        types = ["sliding_attention" if here else "full_attention" for here in slides]
-    unknown = sorted(set(types) - {"sliding_attention", "full_attention"})
-    if unknown or len(types) != layers:
-        raise ArchitectureError(
-            f"config.json: layer_types must be {layers} of full_attention, sliding_attention; found {reprlib.repr(types)}"
-        )
-    return tuple(window if kind == "sliding_attention" else None for kind in types)
-
-
-def _windows_to_hf(windows: tuple[int | None, ...], known: Window) -> dict[str, Any]:
-    """The keys that `_layer_windows` reads."""
-    width = max((window for window in windows if window is not None), default=None)
-    if known.blocks == "all":
-        return {"sliding_window": width}
-    types = ["full_attention" if window is None else "sliding_attention" for window in windows]
-    if known.blocks == "alternating":
-        return {"sliding_window": width, "layer_types": types}
-    return {
-        "sliding_window": width,
-        "use_sliding_window": width is not None,
-        "max_window_layers": sum(window is None for window in windows),
-        "layer_types": types,
-    }
 
 
 def _resolve_dtype(hf: Mapping[str, Any], dtype: str) -> str:

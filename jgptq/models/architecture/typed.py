@@ -52,16 +52,28 @@ EPSILON = number(0.0, 1.0)
 FACTOR = number(1e-6, 1e6)
 THETA = number(1.001, 1e18)  # rotary frequencies are its powers: all would be 1 for a base of 1
 SHARE = number(1e-3, 1.0)
+PATTERN = Kind(
+    "a whole number in [0, 65536], a word or null",
+    lambda value: value is None or isinstance(value, str) or integer(0, 2**16).accepts(value),
+)
 
 KEYS: Mapping[str, Kind] = {
     "_remove_final_layer_norm": FLAG,
+    "activation": WORD,
     "activation_function": WORD,
+    "alibi": FLAG,
     "attention_bias": FLAG,
+    "attention_multiplier": FACTOR,
+    "attention_out_bias": FLAG,
     "attn_logit_softcapping": optional(FACTOR),
+    "bias": FLAG,
+    "clip_qkv": optional(FACTOR),
     "do_layer_norm_before": FLAG,
     "dtype": optional(WORD),
+    "embedding_multiplier": FACTOR,
     "enable_bias": FLAG,
     "ffn_dim": SIZE,
+    "ffn_hidden_size": optional(SIZE),
     "final_logit_softcapping": optional(FACTOR),
     "head_dim": optional(HEADS),
     "hidden_act": WORD,
@@ -70,25 +82,53 @@ KEYS: Mapping[str, Kind] = {
     "intermediate_size": SIZE,
     "layer_norm_elementwise_affine": FLAG,
     "layer_norm_eps": EPSILON,
+    "layer_norm_epsilon": EPSILON,
     "layer_types": optional(list_of(WORD)),
+    "logit_scale": FACTOR,
+    "logits_scaling": FACTOR,
     "max_position_embeddings": POSITIONS,
     "max_window_layers": integer(0, 2**16),
     "mlp_bias": FLAG,
+    "multi_query": FLAG,
+    "n_embd": SIZE,
+    "n_embed": SIZE,
+    "n_head": HEADS,
+    "n_inner": optional(SIZE),
+    "n_layer": BLOCKS,
+    "n_positions": POSITIONS,
+    "new_decoder_architecture": FLAG,
+    "no_rope_layer_interval": integer(1, 2**16),
+    "no_rope_layers": optional(list_of(integer(0, 1))),
+    "norm_eps": EPSILON,
+    "norm_epsilon": EPSILON,
     "num_attention_heads": HEADS,
     "num_hidden_layers": BLOCKS,
     "num_key_value_heads": optional(HEADS),
+    "num_kv_heads": optional(HEADS),
+    "num_ln_in_parallel_attn": optional(integer(1, 2)),
     "original_max_position_embeddings": optional(POSITIONS),
+    "parallel_attn": FLAG,
     "partial_rotary_factor": optional(SHARE),
+    "qk_layernorm": FLAG,
     "quantization_config": optional(OBJECT),
     "query_pre_attn_scalar": optional(FACTOR),
+    "residual_multiplier": FACTOR,
     "rms_norm_eps": EPSILON,
+    "rope_local_base_freq": optional(THETA),
     "rope_parameters": optional(OBJECT),
     "rope_scaling": optional(OBJECT),
     "rope_theta": optional(THETA),
+    "rotary_dim": optional(HEADS),
+    "rotary_emb_base": optional(THETA),
+    "rotary_pct": optional(SHARE),
+    "seq_length": POSITIONS,
     "sliding_window": optional(POSITIONS),
+    "sliding_window_pattern": PATTERN,
     "tie_word_embeddings": FLAG,
     "torch_dtype": optional(WORD),
+    "use_bias": FLAG,
     "use_parallel_residual": FLAG,
+    "use_qk_norm": FLAG,
     "use_qkv_bias": FLAG,
     "use_sliding_window": FLAG,
     "vocab_size": SIZE,
@@ -96,7 +136,7 @@ KEYS: Mapping[str, Kind] = {
 }
 """Keys of a `config.json`: those that a row names, and those of the three lists below."""
 
-READ_FOR_ALL = ("dtype", "max_position_embeddings", "quantization_config", "torch_dtype")
+READ_FOR_ALL = ("dtype", "quantization_config", "torch_dtype")
 READ_FOR_ROTARY = (
     "original_max_position_embeddings",
     "partial_rotary_factor",
@@ -107,11 +147,15 @@ READ_FOR_ROTARY = (
 READ_FOR_WINDOWS = ("layer_types", "max_window_layers", "sliding_window", "use_sliding_window")
 """Keys that no row names: those of all families, of families with rotary positions, and of families with a window."""
 
+BLOCK_KINDS = ("full_attention", "sliding_attention")
+"""Keys of rotary settings that hold the settings of one kind of block each."""
+
 ROPE: Mapping[str, Kind] = {
     "attention_factor": optional(FACTOR),
     "beta_fast": optional(FACTOR),
     "beta_slow": optional(FACTOR),
     "factor": optional(FACTOR),
+    "full_attention": optional(OBJECT),
     "high_freq_factor": optional(FACTOR),
     "long_factor": optional(list_of(FACTOR)),
     "low_freq_factor": optional(FACTOR),
@@ -122,10 +166,11 @@ ROPE: Mapping[str, Kind] = {
     "rope_theta": optional(THETA),
     "rope_type": optional(WORD),
     "short_factor": optional(list_of(FACTOR)),
+    "sliding_attention": optional(OBJECT),
     "truncate": optional(FLAG),
     "type": optional(WORD),
 }
-"""Keys of the rotary settings."""
+"""Keys of the rotary settings, which may be those of a kind of block each."""
 
 QUANTIZATION: Mapping[str, Kind] = {
     "bits": optional(integer(1, 32)),
@@ -143,9 +188,10 @@ QUANTIZATION: Mapping[str, Kind] = {
 
 def read_keys(family: Family) -> set[str]:
     """The keys of `KEYS` that are read for a family."""
-    rotary = READ_FOR_ROTARY if family.positions == "rotary" else ()
+    rotary = READ_FOR_ROTARY if family.positions not in ("learned", "alibi") and family.rotary_dim is None else ()
     windows = READ_FOR_WINDOWS if family.window is not None else ()
-    return {key.name for key in family.keys.values()}.union(READ_FOR_ALL, rotary, windows)
+    period = {family.window.period_key} if family.window is not None and family.window.period_key is not None else set()
+    return family.names.union(READ_FOR_ALL, [family.positions_key], rotary, windows, period)
 
 
 def problems(values: Mapping[str, Any], kinds: Mapping[str, Kind], names: Iterable[str], within: str = "") -> list[str]:

@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 
 from converters.checkpoint import INDEX, SINGLE
-from converters.names import LEAVES, leaves
+from converters.names import leaves, stored_rule
 from jgptq.models import Decoder, checkpoint_name
 from jgptq.models.packed import PackedTensor
 
@@ -48,8 +48,9 @@ def differences(decoder: Decoder, tensors: Tensors, version: str) -> Iterator[st
             if not np.array_equal(np.asarray(leaf.dequantize()), expected, equal_nan=True):
                 yield f"{name}: weights are not what codes, scales and zero points say"
             continue
-        tensor = tensors[f"{name}.{LEAVES[attribute].suffix}"]
-        stored_leaf = np.asarray(leaf.T if LEAVES[attribute].transposed else leaf)
+        rule = stored_rule(path, attribute, decoder.config.model_type)
+        tensor = tensors[f"{name}.{rule.suffix}"]
+        stored_leaf = np.asarray(leaf.T if rule.transposed else leaf)
         if str(tensor.dtype).removeprefix("torch.") != str(leaf.dtype) or tuple(tensor.shape) != stored_leaf.shape:
             yield f"{name}: {leaf.dtype} {stored_leaf.shape}, the file holds {tensor.dtype} {tuple(tensor.shape)}"
         elif np.ascontiguousarray(stored_leaf).tobytes() != tensor.contiguous().view(torch.uint8).numpy().tobytes():

@@ -12,6 +12,10 @@ COMMON = SIZES | {
     "norm_eps": Key("rms_norm_eps", 1e-6),
     "tie_word_embeddings": Key("tie_word_embeddings", False),
 }
+LAYER_NORM_EPS = {"norm_eps": Key("layer_norm_eps", 1e-5)}
+USE_BIAS = {name: Key("use_bias", False) for name in ("qkv_bias", "o_bias", "mlp_bias")}
+MLP_BIAS = {"mlp_bias": Key("mlp_bias", False)}
 ATTENTION_BIAS = {"qkv_bias": Key("attention_bias", False), "o_bias": Key("attention_bias", False)}
 TANH = "gelu_pytorch_tanh"
+OUTPUT_NORMS = {"attn_norm": "post_attention_layernorm", "mlp_norm": "post_feedforward_layernorm"}
 LLAMA_NORMS = {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
