@@ -11,7 +11,7 @@ from flax import nnx
 
 from converters.checkpoint import Checkpoint, open_checkpoint, read_json, resolve_folder
 from converters.encode import constant_words
-from converters.names import IGNORED, LEAVES, leaves, unit_leaves
+from converters.names import IGNORED, LEAVES, Holder, leaves, unit_leaves
 from converters.quantization import declared_group_sizes, read_settings
 from jgptq.errors import ArchitectureError, CheckpointError
 from jgptq.models import Decoder, ModelConfig, Origin, Unit, checkpoint_name, config_from_hf
@@ -84,7 +84,7 @@ def load_unit(index: int, unit: Unit, checkpoint: Checkpoint, quantization: dict
 
 
 def _fill(
-    targets: Iterable[tuple[str, nnx.Module, str]],
+    targets: Iterable[tuple[str, Holder, str]],
     checkpoint: Checkpoint,
     config: ModelConfig,
     quantization: dict[str, Any] | None,

@@ -9,13 +9,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
-from flax import nnx
 from safetensors.numpy import save
 
 from converters.checkpoint import Checkpoint, TensorEntry, read_header
 from converters.encode import float_specs, packed_specs
 from converters.load import load_unit
-from converters.names import leaves, unit_leaves
+from converters.names import Holder, leaves, unit_leaves
 from converters.quantization import HEAD, Format, check_format, quantization_config, reader_warnings
 from converters.save import encode_leaf, write_settings
 from converters.shards import JOURNAL, ShardWriter, TensorSpec, parse_size, partial_folder, refuse_existing
@@ -151,7 +150,7 @@ class FolderSink:
         (folder / JOURNAL).unlink()
         return folder
 
-    def _encoded(self, parts: Iterable[tuple[str, nnx.Module, str]], params: Decoder) -> Iterator[tuple[str, str, np.ndarray]]:
+    def _encoded(self, parts: Iterable[tuple[str, Holder, str]], params: Decoder) -> Iterator[tuple[str, str, np.ndarray]]:
         """The tensors of leaves, as (path of the module, name, array)."""
         for path, module, attribute in parts:
             leaf = getattr(module, attribute).get_value()

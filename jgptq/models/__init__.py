@@ -1,10 +1,12 @@
 """The Flax (NNX) decoder as blocks of stages, and the table of architectures."""
 
 from jgptq.models.architecture.config import AlibiPositions, LearnedPositions, ModelConfig
+from jgptq.models.architecture.experts import ExpertsConfig
 from jgptq.models.architecture.families import FAMILIES, checkpoint_name
 from jgptq.models.architecture.hf_config import config_from_hf, config_to_hf
 from jgptq.models.block import Block, Carry, Head, Unit
 from jgptq.models.decoder import Decoder, Origin
+from jgptq.models.experts import Expert, ExpertLinear, single_linears
 from jgptq.models.layers import Embedding, LayerNorm, Linear, Norm, RMSNorm
 from jgptq.models.rotary import RopeConfig
 from jgptq.models.stages import RESIDUAL, Fusion, Stage, Step
@@ -17,6 +19,9 @@ __all__ = [
     "Carry",
     "Decoder",
     "Embedding",
+    "Expert",
+    "ExpertLinear",
+    "ExpertsConfig",
     "Fusion",
     "Head",
     "LayerNorm",
@@ -33,4 +38,5 @@ __all__ = [
     "checkpoint_name",
     "config_from_hf",
     "config_to_hf",
+    "single_linears",
 ]

@@ -7,13 +7,16 @@ import jax
 from flax import nnx
 
 from jgptq.models.architecture.config import ModelConfig
+from jgptq.models.experts import ExpertLinear, SparseMLP
 from jgptq.models.layers import Fused, Linear, Norm, make_norm
+from jgptq.models.routing import dispatch
+from jgptq.models.sparse_stages import sparse_stages
 from jgptq.models.stages import RESIDUAL, Stage, block_stages, head_stages
 from jgptq.models.sublayers import MLP, Attention
 from jgptq.notation import Float
 
-Carry = Mapping[str, jax.Array]
-"""What flows from stage to stage: named branches `[b, S, K]`, one of which is the residual stream."""
+Carry = Mapping[str, Any]
+"""What flows from stage to stage: named branches, arrays `[b, S, K]` as a rule, one of which is the residual stream."""
 
 
 class Unit(nnx.Module):
@@ -31,8 +34,9 @@ class Unit(nnx.Module):
         """The stages in the order of the forward pass; the same for all units of a kind."""
         raise NotImplementedError
 
-    def linears(self) -> dict[str, Linear]:
-        """Every linear by its path; those that were fused for serving as one, by the name that readers give it."""
+    def linears(self) -> dict[str, Linear | ExpertLinear]:
+        """Every linear by its path; those that were fused for serving as one, by the name that readers give it; those of all
+        experts as one stack."""
         paths = dict.fromkeys(path for stage in self.stages() for path in (*(f.name for f in stage.fusions), *stage.linears))
         modules = {path: submodule(self, path) for path in paths}
         return {path: getattr(module, "linear", module) for path, module in modules.items() if module is not None}
@@ -43,22 +47,23 @@ class Unit(nnx.Module):
         modules = {path: submodule(self, path) for path in paths}
         return {path: module for path, module in modules.items() if isinstance(module, Norm)}
 
-    def inputs(self, stage: Stage, carry: Carry) -> Float[jax.Array, "b S K"]:
-        """What the linears of a stage read."""
+    def inputs(self, stage: Stage, carry: Carry) -> Float[jax.Array, "*batch K"]:
+        """What the linears of a stage read: activations `[b, S, K]`, or rows `[P, K]` that are sorted by expert."""
         h = carry[stage.reads]
         for path in stage.through:
             h = submodule(self, path)(h)
-        return h
+        return dispatch(h, carry[stage.routing]) if stage.routing is not None and stage.gathers else h
 
     def combine(self, stage: Stage, carry: Carry, outputs: Mapping[str, jax.Array]) -> Carry:
         """The carry after a stage, from the outputs of its linears by path. A branch ends with the last stage that reads it."""
         after = dict(carry)
-        later = self.stages()[self.stages().index(stage) + 1 :]
-        if stage.reads != RESIDUAL and all(other.reads != stage.reads for other in later):
-            del after[stage.reads]
         for step in stage.steps:
             norm = None if step.norm is None else submodule(self, step.norm)
-            after[step.to] = STEPS[step.name](self, [outputs[path] for path in step.of], carry.get(step.to), norm)
+            taken = [after[branch] for branch in step.takes]
+            after[step.to] = STEPS[step.name](self, [outputs[path] for path in step.of], after.get(step.to), norm, *taken)
+        later = self.stages()[self.stages().index(stage) + 1 :]
+        for branch in stage.uses.difference([RESIDUAL], *(other.uses for other in later)):
+            del after[branch]
         return after
 
     def run(self, stage: Stage, carry: Carry) -> Carry:
@@ -69,7 +74,8 @@ class Unit(nnx.Module):
             fused = submodule(self, fusion.name)
             if isinstance(fused, Fused):
                 outputs |= zip(fusion.linears, fused(h), strict=True)
-        outputs |= {path: submodule(self, path)(h) for path in stage.linears if path not in outputs}
+        routing = () if stage.routing is None else (carry[stage.routing],)
+        outputs |= {path: submodule(self, path)(h, *routing) for path in stage.linears if path not in outputs}
         return self.combine(stage, carry, outputs)
 
 
@@ -92,10 +98,14 @@ STEPS: Mapping[str, Callable[..., jax.Array]] = {
     "activation": lambda block, outputs, _, norm: block.mlp.activate(outputs[0]),
     "add": _add,
     "add_normed": lambda unit, outputs, stream, norm: stream + norm(outputs[0]),
+    "route": lambda block, outputs, _, norm, stream: block.mlp.route(norm(stream)),
+    "share": lambda block, outputs, _, norm, stream: block.mlp.share(norm(stream)),
+    "add_experts": lambda block, outputs, stream, norm, routing: block.mlp.joined(outputs[0], routing, stream),
+    "add_share": lambda unit, outputs, stream, norm, share: stream + share * outputs[0],
     "keep": lambda unit, outputs, _, norm: outputs[0],
 }
 """What can follow the linears of a stage: functions of the unit, the outputs of the step's linears, the branch that the result
-replaces, and the step's norm."""
+replaces, the step's norm, and the branches that it takes."""
 
 
 class Block(Unit):
@@ -112,22 +122,23 @@ class Block(Unit):
     Args:
       config: the decoder's switches.
       window: positions that attention sees; None for all.
+      sparse: whether the MLP is a mixture of experts.
       rngs: source of initial kernels.
     """
 
-    def __init__(self, config: ModelConfig, window: int | None, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, window: int | None, *, sparse: bool = False, rngs: nnx.Rngs):
         form = config.block_form
         self.attn_norm = make_norm(config)
         self.attn_out_norm = make_norm(config) if form == "sandwich" else None
         self.self_attn = Attention(config, window, rngs=rngs)
         self.mlp_norm = None if form == "parallel" else make_norm(config)
         self.mlp_out_norm = make_norm(config) if form == "sandwich" else None
-        self.mlp = MLP(config, rngs=rngs)
+        self.mlp = SparseMLP(config, rngs=rngs) if sparse else MLP(config, rngs=rngs)
         self.config = config
 
     def stages(self) -> tuple[Stage, ...]:
-        """The stages of a dense block."""
-        return block_stages(self.config)
+        """The stages of a dense block, or of one with experts."""
+        return sparse_stages(self.config) if isinstance(self.mlp, SparseMLP) else block_stages(self.config)
 
     def __call__(self, residual: Float[jax.Array, "b S D"]) -> Float[jax.Array, "b S D"]:
         """Runs all stages on a residual stream."""

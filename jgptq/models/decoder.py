@@ -44,7 +44,12 @@ class Decoder(nnx.Module):
         self.embed_tokens = Embedding(config.vocab_size, width, rngs=rngs)
         self.embed_positions = Embedding(rows, config.hidden_size, rngs=rngs) if learned else None
         self.project_in = Linear(width, config.hidden_size, rngs=rngs) if config.projects else None
-        self.layers = nnx.List([Block(config, window, rngs=rngs) for window in config.layer_windows])
+        self.layers = nnx.List(
+            [
+                Block(config, window, sparse=sparse, rngs=rngs)
+                for window, sparse in zip(config.layer_windows, config.sparse_layers, strict=True)
+            ]
+        )
         self.norm = make_norm(config) if config.has_final_norm else None
         self.project_out = Linear(config.hidden_size, width, rngs=rngs) if config.projects else None
         self.lm_head = None if config.tie_word_embeddings else Linear(width, config.vocab_size, rngs=rngs)

@@ -35,6 +35,8 @@ class Step:
     of: tuple[str, ...]  # the linears whose outputs it takes
     to: str  # the branch that it writes
     norm: str | None = None  # dotted path of a norm within the unit that the function applies
+    takes: tuple[str, ...] = ()  # branches that it takes besides the one that it writes
+    decides: bool = False  # whether it chooses: the float model then follows the choice of the quantized one
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,11 +44,14 @@ class Stage:
     """Linears that read the same activations, so that they share one Hessian.
 
     With h the branch `reads`, passed `through` modules, the stage computes `linear(h)` for each of its linears, then its steps.
+    Linears that are stacked over experts take rows that are sorted by expert, and the routing that sorted them.
     """
 
     linears: tuple[str, ...]  # dotted paths within the unit
     reads: str  # the branch of the carry
     through: tuple[str, ...] = ()  # dotted paths of modules that the branch passes in this order before the linears read it
+    routing: str | None = None  # the branch that says which expert each row goes to; None: the linears are no stacks
+    gathers: bool = False  # whether the rows have yet to be gathered from tokens
     steps: tuple[Step, ...]  # what follows
     fusions: tuple[Fusion, ...] = ()  # which of the linears readers fuse
     absorber: str | None = None  # a norm or linear, in whose output features a scale of the stage's inputs can be absorbed
@@ -55,6 +60,12 @@ class Stage:
     def adds(self) -> bool:
         """Whether the output is added to the residual stream as it is; the stream may be normed after that."""
         return any(step.name == "add" and step.to == RESIDUAL for step in self.steps)
+
+    @property
+    def uses(self) -> frozenset[str]:
+        """The branches that it needs of the carry."""
+        routing = () if self.routing is None else (self.routing,)
+        return frozenset((self.reads, *routing, *(branch for step in self.steps for branch in step.takes)))
 
     @property
     def norms(self) -> tuple[str, ...]:

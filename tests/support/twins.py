@@ -6,9 +6,11 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import sparse_rows
 import torch
 import transformers
 from flax import nnx
+from transformers.core_model_loading import revert_weight_conversion
 
 from converters.names import LEAVES, leaves
 from jgptq.models import Decoder, ModelConfig, checkpoint_name, config_from_hf
@@ -121,6 +123,7 @@ ROWS: dict[str, tuple[dict, dict | None]] = {
     ),
     "qwen3_window": (hf_dict("qwen3", head_dim=16, **SLIDING, max_window_layers=1), {"max_window_layers": 2}),
 }
+ROWS |= sparse_rows.ROWS
 
 
 def torch_config(hf: dict) -> transformers.PretrainedConfig:
@@ -144,10 +147,16 @@ def is_buffer(name: str) -> bool:
     return name.endswith("embed_scale")
 
 
+def stored_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors of a model under the names that its files have: in memory, transformers holds experts in one tensor."""
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if not is_buffer(name)}
+    return revert_weight_conversion(model, tensors)
+
+
 def with_weights(config: ModelConfig, model: torch.nn.Module) -> Decoder:
     """A decoder with the weights of a torch model: every leaf is set, and every tensor is used."""
     decoder = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
-    state = {name: tensor for name, tensor in model.state_dict().items() if not is_buffer(name)}
+    state = stored_tensors(model)
     if model.config.tie_word_embeddings:
         del state["lm_head.weight"]
     for path, module, attribute in list(leaves(decoder)):

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
+from jgptq.models.architecture.experts import ExpertsConfig
 from jgptq.models.rotary import RopeConfig
 
 ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
@@ -60,6 +61,7 @@ class ModelConfig:
     query_pre_attn_scalar: float | None = None  # scores are divided by its square root; None: head_dim
     attn_logit_softcapping: float | None = None  # a bound that scores approach, see `jgptq.models.layers.softcapped`
     final_logit_softcapping: float | None = None  # the same of the logits
+    experts: ExpertsConfig | None = None  # mixtures of experts in place of some MLPs; None: every MLP is dense
     layer_windows: tuple[int | None, ...]  # per block: positions that attention sees, None for all
     dtype: str = "float32"  # what activations are computed in: float32 or bfloat16
 
@@ -67,6 +69,11 @@ class ModelConfig:
     def compute_dtype(self) -> jnp.dtype:
         """`dtype` as jax's own."""
         return jnp.dtype(self.dtype)
+
+    @property
+    def sparse_layers(self) -> tuple[bool, ...]:
+        """Which blocks have a mixture of experts in place of an MLP."""
+        return (False,) * self.num_hidden_layers if self.experts is None else self.experts.sparse_layers
 
     @property
     def has_final_norm(self) -> bool:

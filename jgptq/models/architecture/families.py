@@ -4,14 +4,15 @@ A row says which keys of a `config.json` set the decoder's switches, which switc
 modules are called in a checkpoint. A new architecture whose computation the switches of `ModelConfig` describe is one more row.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from jgptq.errors import ArchitectureError
 from jgptq.models.architecture.row import Family
-from jgptq.models.architecture.rows import gemma, layer_norm, llama
+from jgptq.models.architecture.rows import experts, gemma, layer_norm, llama
 
-FAMILIES: Mapping[str, Family] = {**llama.ROWS, **gemma.ROWS, **layer_norm.ROWS}
+FAMILIES: Mapping[str, Family] = {**llama.ROWS, **gemma.ROWS, **layer_norm.ROWS, **experts.ROWS}
 
 SWITCHES: Mapping[str, tuple[Any, ...]] = {
     "alibi": (False,),
@@ -67,5 +68,19 @@ def checkpoint_name(path: str, model_type: str) -> str:
         return path
     if path.startswith("layers."):
         _, index, within = path.split(".", 2)
-        return f"{family.decoder}.layers.{index}.{family.modules.get(within, within)}"
+        return f"{family.decoder}.layers.{index}.{_name_within(within, family)}"
     return f"{family.decoder}.{family.modules.get(path, path)}"
+
+
+def _name_within(path: str, family: Family) -> str:
+    """The name within a block. The row names an expert's linears once, with a star for the number of the expert."""
+    if path in family.modules:
+        return family.modules[path]
+    expert = _EXPERT.fullmatch(path)
+    if expert is None:
+        return path
+    kind = f"{expert[1]}.*.{expert[3]}"
+    return family.modules.get(kind, kind).replace("*", expert[2])
+
+
+_EXPERT = re.compile(r"(mlp\.experts)\.(\d+)\.(\w+)")

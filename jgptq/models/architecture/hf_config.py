@@ -6,6 +6,7 @@ from typing import Any
 from jgptq.errors import ArchitectureError, CheckpointError
 from jgptq.models.architecture.config import ACTIVATIONS, DTYPES, LearnedPositions, ModelConfig, Positions
 from jgptq.models.architecture.families import SWITCHES, family_of
+from jgptq.models.architecture.hf_experts import experts_from_hf, experts_to_hf, mixture_keys
 from jgptq.models.architecture.row import REQUIRED, Family, Window
 from jgptq.models.rotary import RopeConfig
 
@@ -28,7 +29,8 @@ def config_from_hf(hf: Mapping[str, Any], dtype: str = "auto") -> ModelConfig:
     """
     model_type = str(hf.get("model_type"))
     family = family_of(model_type)
-    missing = [key.name for key in family.keys.values() if key.default is REQUIRED and hf.get(key.name) is None]
+    keys = (*family.keys.values(), *mixture_keys(family))
+    missing = [key.name for key in keys if key.default is REQUIRED and hf.get(key.name) is None]
     if missing:
         raise CheckpointError(f"config.json: {', '.join(missing)} missing; is this the config of a {model_type} model?")
     _refuse_switches(hf, family)
@@ -49,6 +51,7 @@ def config_from_hf(hf: Mapping[str, Any], dtype: str = "auto") -> ModelConfig:
         model_type=model_type,
         **fields,
         positions=_positions(hf, family, fields["head_dim"]),
+        experts=experts_from_hf(hf, family),
         layer_windows=_layer_windows(hf, family.window),
         dtype=_resolve_dtype(hf, dtype),
     )
@@ -66,6 +69,7 @@ def config_to_hf(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
     hf |= {key.name: key.stored(getattr(config, switch)) for switch, key in family.keys.items()}
     if config.embedding_width is None and "embedding_width" in family.keys:
         hf[family.keys["embedding_width"].name] = config.hidden_size
+    hf |= experts_to_hf(config.experts, family)
     if family.window is not None:
         hf |= _windows_to_hf(config.layer_windows, family.window)
     hf["max_position_embeddings"] = config.positions.max_position_embeddings
@@ -76,7 +80,7 @@ def config_to_hf(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
 
 def _refuse_switches(hf: Mapping[str, Any], family: Family) -> None:
     """Raises an error that names every key which asks for a computation that the row does not describe."""
-    read = {key.name for key in family.keys.values()}
+    read = {key.name for key in (*family.keys.values(), *mixture_keys(family))}
     wrong = [
         f"expected {name} {' or '.join(map(repr, values)) or 'null'}, found {hf[name]!r}"
         for name, values in SWITCHES.items()
@@ -102,12 +106,19 @@ def _layer_windows(hf: Mapping[str, Any], known: Window | None) -> tuple[int | N
         return (None,) * layers
     if known.blocks == "all":
         return (window,) * layers
-    if known.blocks == "opt_in" and not hf.get("use_sliding_window", False):
+    if known.blocks.startswith("opt_in") and not hf.get("use_sliding_window", False):
         return (None,) * layers
+    if known.blocks == "opt_in_all":
+        return (window,) * layers
     types = hf.get("layer_types")
     if types is None:
-        first = hf.get("max_window_layers", 28)
-        slides = [i % 2 == 0 if known.blocks == "alternating" else i >= first for i in range(layers)]
+        bound = hf.get("max_window_layers", 28)
+        choose = {
+            "alternating": lambda i: i % 2 == 0,
+            "opt_in": lambda i: i >= bound,
+            "opt_in_even": lambda i: i % 2 == 0 and i < bound,
+        }[known.blocks]
+        slides = [choose(i) for i in range(layers)]
         types = ["sliding_attention" if here else "full_attention" for here in slides]
     unknown = sorted(set(types) - {"sliding_attention", "full_attention"})
     if unknown or len(types) != layers:
@@ -120,6 +131,8 @@ def _windows_to_hf(windows: tuple[int | None, ...], known: Window) -> dict[str, 
     width = max((window for window in windows if window is not None), default=None)
     if known.blocks == "all":
         return {"sliding_window": width}
+    if known.blocks == "opt_in_all":
+        return {"sliding_window": width, "use_sliding_window": width is not None}
     types = ["full_attention" if window is None else "sliding_attention" for window in windows]
     if known.blocks == "alternating":
         return {"sliding_window": width, "layer_types": types}

@@ -32,12 +32,24 @@ class Window:
     The blocks that it limits are one of
 
         all          every block
+        opt_in_all   every block where `use_sliding_window` is true
         opt_in       where `use_sliding_window` is true, those of `layer_types`, or else those from `max_window_layers` on
+        opt_in_even  where `use_sliding_window` is true, those of `layer_types`, or else every other block before
+                     `max_window_layers`, beginning with the first
         alternating  those of `layer_types`, or else every other block, beginning with the first
     """
 
-    default: int  # the width where the file is silent
+    default: int | None  # the width where the file is silent
     blocks: str = "opt_in"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mixture:
+    """How a `config.json` describes a mixture of experts."""
+
+    keys: Mapping[str, Key]  # switch of `ExpertsConfig` -> where it stands in the file
+    fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # switches that all models of the family share
+    blocks: str = "all"  # which blocks have it, see `jgptq.models.architecture.hf_experts.sparse_layers`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,6 +63,7 @@ class Family:
     max_positions: int = 2048  # of `max_position_embeddings`, where the file is silent
     position_offset: int = 0  # of learned positions: the row of the table that belongs to position 0
     partial_rotary: float | None = None  # part of a head that is rotated, where the file is silent; None: all of it, always
+    experts: Mixture | None = None  # None: every MLP is dense
     window: Window | None = None  # None: attention sees all positions
     decoder: str = "model"  # what stands before the names of all modules but the output projection
     modules: Mapping[str, str] = dataclasses.field(default_factory=dict)  # path in a block, or top-level name -> name in the file

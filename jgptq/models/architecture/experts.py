@@ -1,0 +1,27 @@
+"""Switches of a mixture of experts: how many, how wide, and how a router chooses among them."""
+
+import dataclasses
+
+SCORES = ("softmax", "softmax_of_chosen", "sigmoid")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpertsConfig:
+    """A mixture of experts: each token goes to the few whose router scores are the largest.
+
+    With logits `l = h R` of a router R, the scores s are
+
+        softmax            softmax(l), the weights are those of the chosen
+        softmax_of_chosen  l, the weights are the softmax over the chosen
+        sigmoid            sigmoid(l), the weights are those of the chosen
+    """
+
+    num_experts: int  # E
+    experts_per_token: int  # how many a token goes to
+    width: int  # of the inner layer of one expert
+    sparse_layers: tuple[bool, ...]  # per block: whether its MLP is a mixture
+    score: str = "softmax"  # one of `SCORES`
+    normalized: bool = False  # the weights of a token are divided by their sum
+    weight_scale: float = 1.0  # factor of all weights
+    shared_width: int = 0  # of the inner layer of an MLP that every token passes as well; 0: there is none
+    shared_gate: bool = False  # its output is multiplied by a sigmoid of the token's own

@@ -1,0 +1,71 @@
+"""The part of a Hugging Face `config.json` that describes a mixture of experts <-> `ExpertsConfig`."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from jgptq.errors import ArchitectureError, CheckpointError
+from jgptq.models.architecture.experts import ExpertsConfig
+from jgptq.models.architecture.row import Family, Key
+
+_BLOCKS: Mapping[str, Mapping[str, Any]] = {
+    "all": {},
+    "stepped": {"decoder_sparse_step": 1, "mlp_only_layers": None},
+}
+"""Which blocks of a family are sparse -> the keys that say it, with what a silent file means."""
+
+
+def mixture_keys(family: Family) -> Iterable[Key]:
+    """The keys of a `config.json` that describe a mixture of experts; none for a dense family."""
+    if family.experts is None:
+        return ()
+    return (*family.experts.keys.values(), *(Key(name, default) for name, default in _BLOCKS[family.experts.blocks].items()))
+
+
+def experts_from_hf(hf: Mapping[str, Any], family: Family) -> ExpertsConfig | None:
+    """The switches of a mixture of experts; None where no block has one.
+
+    Args:
+      hf: the parsed file, in which no required key is missing.
+      family: the architecture.
+
+    Raises:
+      CheckpointError: a token goes to more experts than there are.
+      ArchitectureError: every block is dense.
+    """
+    mixture = family.experts
+    if mixture is None:
+        return None
+    fields = {switch: key.read(hf.get(key.name, key.default)) for switch, key in mixture.keys.items()} | dict(mixture.fixed)
+    config = ExpertsConfig(**fields, sparse_layers=sparse_layers(hf, mixture.blocks))
+    if not 0 < config.experts_per_token <= config.num_experts:
+        raise CheckpointError(
+            f"config.json: a token cannot go to {config.experts_per_token} of {config.num_experts} experts; fetch the file again"
+        )
+    if not any(config.sparse_layers):
+        raise ArchitectureError(f"config.json: no block of this {hf['model_type']} has experts; expected at least one")
+    return config
+
+
+def experts_to_hf(config: ExpertsConfig | None, family: Family) -> dict[str, Any]:
+    """The keys that `experts_from_hf` reads."""
+    if config is None or family.experts is None:
+        return {}
+    hf = {key.name: key.stored(getattr(config, switch)) for switch, key in family.experts.keys.items()}
+    dense = [index for index, sparse in enumerate(config.sparse_layers) if not sparse]
+    return hf | ({"decoder_sparse_step": 1, "mlp_only_layers": dense} if family.experts.blocks == "stepped" else {})
+
+
+def sparse_layers(hf: Mapping[str, Any], blocks: str) -> tuple[bool, ...]:
+    """Which blocks have experts.
+
+    Args:
+      hf: the parsed file.
+      blocks: "all"; or "stepped": those whose number, counted from one, is a multiple of `decoder_sparse_step`, without those
+        of `mlp_only_layers`.
+    """
+    layers = hf["num_hidden_layers"]
+    said = {name: default if hf.get(name) is None else hf[name] for name, default in _BLOCKS[blocks].items()}
+    if blocks == "all":
+        return (True,) * layers
+    dense = said["mlp_only_layers"] or ()
+    return tuple(index not in dense and (index + 1) % said["decoder_sparse_step"] == 0 for index in range(layers))

@@ -1,0 +1,73 @@
+"""Families whose MLPs are mixtures of experts."""
+
+from collections.abc import Mapping
+
+from jgptq.models.architecture.row import Family, Key, Mixture, Window
+from jgptq.models.architecture.rows.common import ATTENTION_BIAS, COMMON, LLAMA_NORMS
+
+ROUTED = {"num_experts": Key("num_experts"), "experts_per_token": Key("num_experts_per_tok")}
+QWEN = ROUTED | {"width": Key("moe_intermediate_size"), "normalized": Key("norm_topk_prob", False)}
+ROUTER = {"mlp.router": "mlp.gate"}
+
+ROWS: Mapping[str, Family] = {
+    "qwen3_moe": Family(
+        hf_class="Qwen3MoeForCausalLM",
+        keys=COMMON | ATTENTION_BIAS | {"num_key_value_heads": Key("num_key_value_heads", 4)},
+        fixed={"qk_norm": "head"},
+        max_positions=32768,
+        experts=Mixture(keys=QWEN, blocks="stepped"),
+        window=Window(default=4096, blocks="opt_in_all"),
+        modules=LLAMA_NORMS | ROUTER,
+    ),
+    # arXiv 2401.04088. Files call the three linears of an expert w1, w3 and w2.
+    "mixtral": Family(
+        hf_class="MixtralForCausalLM",
+        keys=COMMON | {"num_key_value_heads": Key("num_key_value_heads", 8), "norm_eps": Key("rms_norm_eps", 1e-5)},
+        max_positions=131072,
+        experts=Mixture(
+            keys={
+                "num_experts": Key("num_local_experts", 8),
+                "experts_per_token": Key("num_experts_per_tok", 2),
+                "width": Key("intermediate_size"),
+            },
+            fixed={"normalized": True},
+        ),
+        window=Window(default=None, blocks="all"),
+        modules=LLAMA_NORMS
+        | {
+            "mlp.router": "block_sparse_moe.gate",
+            "mlp.experts": "block_sparse_moe.experts",
+            "mlp.experts.*.gate_proj": "block_sparse_moe.experts.*.w1",
+            "mlp.experts.*.up_proj": "block_sparse_moe.experts.*.w3",
+            "mlp.experts.*.down_proj": "block_sparse_moe.experts.*.w2",
+        },
+    ),
+    # arXiv 2409.02060.
+    "olmoe": Family(
+        hf_class="OlmoeForCausalLM",
+        keys=COMMON | ATTENTION_BIAS | {"norm_eps": Key("rms_norm_eps", 1e-5)},
+        fixed={"qk_norm": "width"},
+        max_positions=4096,
+        experts=Mixture(
+            keys={
+                "num_experts": Key("num_experts", 64),
+                "experts_per_token": Key("num_experts_per_tok", 8),
+                "width": Key("intermediate_size"),
+                "normalized": Key("norm_topk_prob", False),
+            },
+        ),
+        modules=LLAMA_NORMS | ROUTER,
+    ),
+    "qwen2_moe": Family(
+        hf_class="Qwen2MoeForCausalLM",
+        keys=COMMON | {"num_key_value_heads": Key("num_key_value_heads", 16), "qkv_bias": Key("qkv_bias", True)},
+        max_positions=32768,
+        experts=Mixture(
+            keys=QWEN | {"shared_width": Key("shared_expert_intermediate_size")},
+            fixed={"shared_gate": True},
+            blocks="stepped",
+        ),
+        window=Window(default=4096, blocks="opt_in_even"),
+        modules=LLAMA_NORMS | ROUTER,
+    ),
+}

@@ -1,0 +1,138 @@
+"""Tokens on their way to experts and back: who goes where, rows sorted by expert, products of sorted rows.
+
+A token that goes to k experts has k rows. Rows are sorted by expert, and those of an expert fill whole blocks of B rows: the
+last block of each ends with padding. So a block has one expert, shapes do not depend on the routing, and padding costs at most
+B - 1 rows an expert.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jgptq.models.architecture.experts import ExpertsConfig
+from jgptq.notation import Float, Int
+
+_LEAST_ROWS, _MOST_ROWS = 8, 128
+
+
+class Routing(NamedTuple):
+    """Where each token goes; P rows in C blocks."""
+
+    place_tk: Int[jax.Array, "T k"]  # the row of a token for each of its experts
+    weight_tk: Float[jax.Array, "T k"]  # the factor of that row's output, float32
+    source_p: Int[jax.Array, " P"]  # the token of a row; T where the row is padding
+    expert_c: Int[jax.Array, " C"]  # the expert of a block of rows
+    rows_e: Int[jax.Array, " E"]  # the tokens of each expert
+
+    @property
+    def block(self) -> int:
+        """B, rows in a block."""
+        return self.source_p.shape[0] // self.expert_c.shape[0]
+
+    @property
+    def blocks_e(self) -> Int[jax.Array, " E"]:
+        """The blocks of each expert, the last one filled up with padding."""
+        return -(-self.rows_e // self.block)
+
+    @property
+    def used(self) -> Int[jax.Array, ""]:
+        """The blocks that hold rows; those after them are empty."""
+        return jnp.sum(self.blocks_e)
+
+
+def choose(logits_te: Float[jax.Array, "T E"], config: ExpertsConfig) -> tuple[Int[jax.Array, "T k"], Float[jax.Array, "T k"]]:
+    """The experts of each token, best first, and their weights.
+
+    Args:
+      logits_te: float32, of the router.
+      config: how it chooses.
+
+    Returns:
+      Experts int32 `[T, k]`, and weights float32 `[T, k]`.
+    """
+    scores = {"softmax": jax.nn.softmax, "softmax_of_chosen": lambda x: x, "sigmoid": jax.nn.sigmoid}
+    weight_tk, expert_tk = jax.lax.top_k(scores[config.score](logits_te), config.experts_per_token)
+    if config.score == "softmax_of_chosen":
+        weight_tk = jax.nn.softmax(weight_tk)
+    if config.normalized:
+        weight_tk = weight_tk / jnp.sum(weight_tk, axis=-1, keepdims=True)
+    return expert_tk, weight_tk * jnp.float32(config.weight_scale)
+
+
+def arrange(expert_tk: Int[jax.Array, "T k"], weight_tk: Float[jax.Array, "T k"], experts: int) -> Routing:
+    """The rows of a choice, sorted by expert; those of one expert in the order of the tokens.
+
+    Args:
+      expert_tk: int32, the experts of each token, all different.
+      weight_tk: float32, their weights.
+      experts: E.
+    """
+    tokens, chosen = expert_tk.shape
+    count = tokens * chosen
+    block = _block_rows(count, experts)
+    expert_a = expert_tk.reshape(-1)
+    order_a = jnp.argsort(expert_a, stable=True)
+    rows_e = jnp.bincount(expert_a, length=experts).astype(jnp.int32)
+    blocks_e = -(-rows_e // block)
+    ends_e = jnp.cumsum(blocks_e)
+    first_e = (ends_e - blocks_e) * block - (jnp.cumsum(rows_e) - rows_e)  # from the position in the order to the row
+    place_a = jnp.zeros(count, jnp.int32).at[order_a].set(jnp.arange(count, dtype=jnp.int32) + first_e[expert_a[order_a]])
+    blocks = -(-count // block) + min(experts, count)
+    expert_c = jnp.searchsorted(ends_e, jnp.arange(blocks, dtype=jnp.int32), side="right")
+    source_p = jnp.full(blocks * block, tokens, jnp.int32).at[place_a].set(jnp.arange(count, dtype=jnp.int32) // chosen)
+    return Routing(
+        place_tk=place_a.reshape(tokens, chosen),
+        weight_tk=weight_tk,
+        source_p=source_p,
+        expert_c=jnp.minimum(expert_c, experts - 1).astype(jnp.int32),
+        rows_e=rows_e,
+    )
+
+
+def dispatch(h: Float[jax.Array, "b S K"], routing: Routing) -> Float[jax.Array, "P K"]:
+    """The rows of a batch of activations, sorted by expert; padding is zero."""
+    return jnp.take(h.reshape(-1, h.shape[-1]), routing.source_p, axis=0, mode="fill", fill_value=0)
+
+
+def collect(y_pn: Float[jax.Array, "P N"], routing: Routing) -> Float[jax.Array, "T N"]:
+    """The sum of each token's rows, times their weights: in the dtype of the rows, added in float32."""
+    parts = jnp.take(y_pn, routing.place_tk, axis=0) * routing.weight_tk[..., None].astype(y_pn.dtype)
+    return jnp.sum(parts.astype(jnp.float32), axis=1).astype(y_pn.dtype)
+
+
+def grouped_product(x_pk: Float[jax.Array, "P K"], w_ekn: Float[jax.Array, "E K N"], routing: Routing) -> Float[jax.Array, "P N"]:
+    """`x[p] @ w[expert of p]`: each row times the kernel of its own expert, and of no other; zeros in blocks without rows.
+
+    On a CPU `jax.lax.ragged_dot` multiplies every row with every expert (jax 0.10 and 0.11): there, blocks are multiplied one
+    after the other instead.
+
+    Args:
+      x_pk: sorted rows.
+      w_ekn: a kernel for each expert, in the dtype of the rows.
+      routing: of the rows.
+
+    Returns:
+      `[P, N]`, in the dtype of `x_pk`, accumulated in float32.
+    """
+    if jax.default_backend() != "cpu":
+        sizes_e = routing.blocks_e * routing.block
+        return jax.lax.ragged_dot(x_pk, w_ekn, sizes_e, preferred_element_type=jnp.float32).astype(x_pk.dtype)
+    used, n = routing.used, w_ekn.shape[2]
+
+    def one(part: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        x_bk, expert, index = part
+
+        def product() -> jax.Array:
+            return jnp.matmul(x_bk, w_ekn[expert], preferred_element_type=jnp.float32).astype(x_bk.dtype)
+
+        return jax.lax.cond(index < used, product, lambda: jnp.zeros((x_bk.shape[0], n), x_bk.dtype))
+
+    blocks = x_pk.reshape(-1, routing.block, x_pk.shape[1])
+    return jax.lax.map(one, (blocks, routing.expert_c, jnp.arange(blocks.shape[0]))).reshape(-1, n)
+
+
+def _block_rows(rows: int, experts: int) -> int:
+    """A quarter of what an expert gets on average, as a power of two: padding is then an eighth of all rows."""
+    quarter = max(1, rows // (4 * experts))
+    return min(_MOST_ROWS, max(_LEAST_ROWS, 1 << (quarter.bit_length() - 1)))
