@@ -40,6 +40,19 @@ class Routing(NamedTuple):
         """The blocks that hold rows; those after them are empty."""
         return jnp.sum(self.blocks_e)
 
+    @property
+    def rows_c(self) -> Int[jax.Array, " C"]:
+        """The rows of each block that are no padding; they come first."""
+        blocks_e = self.blocks_e
+        before_c = jnp.arange(self.expert_c.shape[0]) - (jnp.cumsum(blocks_e) - blocks_e)[self.expert_c]
+        return jnp.clip(self.rows_e[self.expert_c] - before_c * self.block, 0, self.block).astype(jnp.int32)
+
+
+def everyone(tokens: int, expert: Int[jax.Array, ""], experts: int) -> Routing:
+    """The routing that sends every token to one expert, with weight one."""
+    expert_tk = jnp.broadcast_to(expert, (tokens, 1)).astype(jnp.int32)
+    return arrange(expert_tk, jnp.ones((tokens, 1), jnp.float32), experts)
+
 
 def choose(logits_te: Float[jax.Array, "T E"], config: ExpertsConfig) -> tuple[Int[jax.Array, "T k"], Float[jax.Array, "T k"]]:
     """The experts of each token, best first, and their weights.

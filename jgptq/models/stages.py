@@ -7,6 +7,8 @@ the residual stream). A stage holds no arrays and no functions, so it is hashabl
 
 import dataclasses
 import functools
+from collections.abc import Mapping
+from typing import Any
 
 from jgptq.models.architecture.config import ModelConfig
 
@@ -66,6 +68,10 @@ class Stage:
         """The branches that it needs of the carry."""
         routing = () if self.routing is None else (self.routing,)
         return frozenset((self.reads, *routing, *(branch for step in self.steps for branch in step.takes)))
+
+    def decisions(self, carry: Mapping[str, Any]) -> dict[str, Any]:
+        """The branches of the carry after the stage that are choices, see `Step.decides`."""
+        return {step.to: carry[step.to] for step in self.steps if step.decides}
 
     @property
     def norms(self) -> tuple[str, ...]:

@@ -62,6 +62,7 @@ def unit_programs(
             columns = job.columns[shapes[0][0], decision.config]
             programs = stage_programs(total, decision.config, columns=columns, dtype=job.dtype, placement=job.placement)
             solves.setdefault((shapes[0][0], columns, decision.config, decision.pulls), programs)
+        if decision.kept_float is None:
             for path in decision.names:
                 kernel = work.linears()[path].kernel
                 kernel.set_value(jax.ShapeDtypeStruct(kernel.get_value().shape, job.dtype))

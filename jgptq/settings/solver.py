@@ -10,6 +10,7 @@ from jgptq.settings.sizes import BITS, ROW_MULTIPLE
 Method = Literal["gptq", "rtn", "gptaq", "qronos"]
 Order = Literal["none", "group", "static", "desc_act"]
 Scale = Literal["minmax", "mse", "hessian"]
+StarvedExperts = Literal["shrink", "all_tokens", "rtn"]
 
 
 def _check_group_size(value: Any) -> str | None:
@@ -93,6 +94,23 @@ class SolverConfig:
         help="Re-fit scales and zero points by least squares after the codes are chosen; each round of refine does so as well.",
         published=False,
         flag="--refit/--no-refit",
+    )
+    starved_experts: StarvedExperts = option(
+        "shrink",
+        help="What a linear of an expert is solved on that too few calibration tokens were routed to: shrink, its Hessian "
+        "mixed with the mean of all experts of its layer, the more the fewer its tokens; all_tokens, the Hessian of all tokens as "
+        "if each were routed to it; rtn, round to nearest.",
+        values=get_args(StarvedExperts),
+        rule=True,
+        published="rtn",
+    )
+    min_tokens_per_feature: float = option(
+        1.0,
+        help="How many calibration tokens for each in-feature of its linear an expert needs in order not to count as starved. "
+        "With fewer than one its Hessian is singular.",
+        least=0,
+        rule=True,
+        published=0.0,
     )
     damping: float = option(
         0.01,
