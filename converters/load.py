@@ -11,6 +11,7 @@ from flax import nnx
 
 from converters.checkpoint import Checkpoint, open_checkpoint, read_json, resolve_folder
 from converters.encode import constant_words
+from converters.fused_experts import with_single_experts
 from converters.names import IGNORED, LEAVES, Holder, leaves, unit_leaves
 from converters.quantization import declared_group_sizes, read_settings
 from jgptq.errors import ArchitectureError, CheckpointError
@@ -46,7 +47,7 @@ def load_hf(source: str | Path, dtype: str = "auto") -> Decoder:
         quantization = {"quant_method": "gptq"} | read_json(folder / "quantize_config.json")
     quantization = None if quantization is None else _check_method(quantization)
     config = config_from_hf(hf, dtype)
-    checkpoint = open_checkpoint(folder)
+    checkpoint = with_single_experts(open_checkpoint(folder), config)
     decoder = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
     used = _fill(leaves(decoder), checkpoint, config, quantization)
     unexpected = [name for name in checkpoint.entries if name not in used and not _leftover(name, checkpoint)]

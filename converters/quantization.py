@@ -7,6 +7,7 @@ from typing import Any, Literal, cast, get_args
 
 from jgptq.errors import CheckpointError, ConfigError
 from jgptq.models import ModelConfig, checkpoint_name
+from jgptq.models.sparse_stages import EXPERTS, sparse_stages
 from jgptq.models.stages import block_stages
 from jgptq.settings.options import SAME_AS_HERE, options
 from jgptq.settings.rules import first_match, rules_from_dynamic, rules_to_dynamic, stored_rules
@@ -87,7 +88,7 @@ def dynamic_rules(
     """Rules that tell readers which linears are float, and which have other settings than the config's: one for each kind and
     settings. No name is matched by two of them, as long as fused linears agree."""
     base = _stored_settings(config)
-    where: dict[tuple[str, tuple[tuple[str, Any], ...] | None], list[int]] = {}
+    where: dict[tuple[str, tuple[tuple[str, Any], ...] | None], dict[int, None]] = {}
     rules: dict[str, dict[str, Any]] = {}
     for path, settings in linears.items():
         changes = None if settings is None else tuple(sorted(_stored_settings(settings).items() - base.items()))
@@ -97,8 +98,10 @@ def dynamic_rules(
             rules["+:^lm_head$"] = dict(changes or ())
         else:
             _, index, kind = path.split(".", 2)
-            where.setdefault((kind, changes), []).append(int(index))
-    fused = {path: fusion.name for stage in block_stages(model) for fusion in stage.fusions for path in fusion.linears}
+            where.setdefault((_same_of_all_experts(kind), changes), {})[int(index)] = None
+    stages = block_stages(model) if model.experts is None else (*block_stages(model), *sparse_stages(model))
+    fused = {path: fusion.name for stage in stages for fusion in stage.fusions for path in fusion.linears}
+    fused |= {_same_of_all_experts(f"mlp.experts.0.{path.rpartition('.')[2]}"): "mlp.experts" for path in EXPERTS}
     for (kind, changes), indices in where.items():
         # Readers that fuse linears ask for the fused name: a rule that skips one must match that as well.
         before, names = _stored_names(dict.fromkeys((kind, fused.get(kind, kind))), model)
@@ -110,7 +113,16 @@ def dynamic_rules(
 def _stored_names(kinds: Iterable[str], model: ModelConfig) -> tuple[str, str]:
     """What names in the checkpoint begin with up to the number of the block, and the alternatives after it, as regexes."""
     names = [checkpoint_name(f"layers.0.{kind}", model.model_type).partition(".0.") for kind in kinds]
-    return re.escape(names[0][0]), "|".join(re.escape(within) for _, _, within in names)
+    return re.escape(names[0][0]), "|".join(re.escape(within).replace(rf"\.{_ANY}\.", r"\.\d+\.") for _, _, within in names)
+
+
+_ANY = "1000000"
+"""In a path, the number of any expert."""
+
+
+def _same_of_all_experts(kind: str) -> str:
+    """The path within a block of a linear; of the same linear of all experts, which have the same settings, one."""
+    return re.sub(r"^mlp\.experts\.\d+\.", f"mlp.experts.{_ANY}.", kind)
 
 
 def read_settings(quantization: Mapping[str, Any]) -> QuantizeConfig:

@@ -17,7 +17,7 @@ from converters.names import leaves
 from converters.quantization import Format, check_format, quantization_config, reader_warnings
 from converters.shards import JOURNAL, ShardWriter, TensorSpec, partial_folder, refuse_existing
 from jgptq.errors import ConfigError, OutputError
-from jgptq.models import Decoder, checkpoint_name, config_to_hf
+from jgptq.models import Decoder, checkpoint_name, config_to_hf, single_linears
 from jgptq.models.packed import PackedTensor, RuntimeTensor
 from jgptq.settings.rules import resolve
 from jgptq.settings.solver import SolverConfig
@@ -111,8 +111,9 @@ def write_settings(writer: ShardWriter, params: Decoder, file_format: str) -> No
 def _kernels(params: Decoder) -> Iterator[tuple[str, Any]]:
     """Paths of the linears of all blocks, and of the head, with their kernels."""
     for index, block in enumerate(params.layers):
-        for name, linear in block.linears().items():
-            yield f"layers.{index}.{name}", linear.kernel.get_value()
+        for path, linear in block.linears().items():
+            for name, single in single_linears(path, linear):
+                yield f"layers.{index}.{name}", single.kernel.get_value()
     if params.lm_head is not None:
         yield "lm_head", params.lm_head.kernel.get_value()
 

@@ -19,7 +19,7 @@ from converters.quantization import HEAD, Format, check_format, quantization_con
 from converters.save import encode_leaf, write_settings
 from converters.shards import JOURNAL, ShardWriter, TensorSpec, parse_size, partial_folder, refuse_existing
 from jgptq.errors import ConfigError, OutputError
-from jgptq.models import Decoder, Unit, checkpoint_name
+from jgptq.models import Decoder, Unit, checkpoint_name, single_linears
 from jgptq.run.plan import settings_by_path, unit_prefix, units
 from jgptq.run.report import LinearReport, Report, row_to_dict
 from jgptq.settings.run import QuantizeConfig
@@ -161,7 +161,8 @@ class FolderSink:
         """The tensors of a unit that tuning may move: scales of codes, and of norms."""
         if not self._config.tune:
             return set()
-        names = [(path, "scales") for path in unit.linears()] + [(path, "weight") for path in unit.norms()]
+        single = [path for stack, linear in unit.linears().items() for path, _ in single_linears(stack, linear)]
+        names = [(path, "scales") for path in single] + [(path, "weight") for path in unit.norms()]
         prefix, architecture = unit_prefix(unit, index), self._params.config.model_type
         return {f"{checkpoint_name(prefix + path, architecture)}.{part}" for path, part in names}
 

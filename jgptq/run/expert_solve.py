@@ -21,6 +21,7 @@ _CHUNK_BYTES = 1 << 30
 """What the sums of the experts that are solved at once may take, with the factors made of them."""
 _SQUARES = 5  # matrices over K that a solve holds: Hessian, drift, factor and copies
 _KERNELS = 6  # and over K x N
+_CPU_EXPERTS = 4  # that a CPU works on at once
 
 
 class Chunk(NamedTuple):
@@ -154,8 +155,12 @@ def _solve(w_ekn: jax.Array, total: ExpertSums | None, config: SolverConfig, dty
         kernel = solution.dequantize().astype(dtype)
         return _Solved(packed, kernel, solution.loss_n, rtn_loss_n, solution.damping, solution.outcome)
 
-    means = (None, None) if total is None else mean_experts(total)
-    return jax.vmap(one)(w_ekn, *means)
+    problems = (w_ekn, *((None, None) if total is None else mean_experts(total)))
+    if jax.default_backend() != "cpu":
+        return jax.vmap(one)(*problems)
+    # On a CPU all experts at once do not fit its cache, and one at a time leaves its vector units idle.
+    few = max(size for size in range(1, _CPU_EXPERTS + 1) if w_ekn.shape[0] % size == 0)
+    return jax.lax.map(lambda problem: one(*problem), problems, batch_size=few)
 
 
 @jax.jit

@@ -1,0 +1,53 @@
+"""Files that hold all experts of a block in one tensor, read as if they held them one by one: nothing is copied."""
+
+import math
+import re
+from collections.abc import Iterator
+
+from converters.checkpoint import DTYPES, Checkpoint, TensorEntry
+from jgptq.errors import CheckpointError
+from jgptq.models import ModelConfig, checkpoint_name
+
+_FUSED = re.compile(r"(?P<before>.*\.layers\.(?P<block>\d+)\.)mlp\.experts\.(?P<part>gate_up_proj|down_proj)")
+
+
+def with_single_experts(checkpoint: Checkpoint, config: ModelConfig) -> Checkpoint:
+    """The checkpoint with every tensor of all experts replaced by one tensor for each expert and linear.
+
+    transformers keeps experts as `experts.gate_up_proj` `[E, 2I, D]` and `experts.down_proj` `[E, D, I]` in memory, and some
+    programs write them so.
+
+    Args:
+      checkpoint: the tensors of a folder.
+      config: the decoder's switches.
+
+    Raises:
+      CheckpointError: a tensor whose shape is not that of all experts.
+    """
+    if config.experts is None:
+        return checkpoint
+    entries: dict[str, TensorEntry] = {}
+    for name, entry in checkpoint.entries.items():
+        match = _FUSED.fullmatch(name)
+        if match is None:
+            entries[name] = entry
+        else:
+            entries |= _split(name, entry, int(match["block"]), match["part"], config)
+    return Checkpoint(checkpoint.folder, entries)
+
+
+def _split(name: str, entry: TensorEntry, block: int, part: str, config: ModelConfig) -> Iterator[tuple[str, TensorEntry]]:
+    """The entries of the linears in a tensor `[E, N, K]`: those of an expert lie one after the other."""
+    assert config.experts is not None
+    experts, inner, width = config.experts.num_experts, config.experts.width, config.hidden_size
+    linears = ("gate_proj", "up_proj") if part == "gate_up_proj" else ("down_proj",)
+    n, k = (inner, width) if part == "gate_up_proj" else (width, inner)
+    if entry.shape != (experts, n * len(linears), k):
+        expected = [experts, n * len(linears), k]
+        raise CheckpointError(f"{entry.file}: {name} has shape {list(entry.shape)}, expected {expected}; check config.json")
+    size = math.prod((n, k)) * DTYPES[entry.dtype].itemsize
+    for index in range(experts * len(linears)):
+        expert, linear = divmod(index, len(linears))
+        path = f"layers.{block}.mlp.experts.{expert}.{linears[linear]}"
+        full = f"{checkpoint_name(path, config.model_type)}.weight"
+        yield full, TensorEntry(entry.file, entry.dtype, (n, k), entry.start + index * size)
