@@ -11,7 +11,7 @@ from flax import nnx
 
 from converters.checkpoint import Checkpoint, open_checkpoint, read_json, resolve_folder
 from converters.encode import constant_words
-from converters.fused_experts import with_single_experts
+from converters.expert_names import with_single_experts
 from converters.names import IGNORED, LEAVES, Holder, leaves, unit_leaves
 from converters.quantization import declared_group_sizes, read_settings
 from jgptq.errors import ArchitectureError, CheckpointError

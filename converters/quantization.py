@@ -101,10 +101,11 @@ def dynamic_rules(
             where.setdefault((_same_of_all_experts(kind), changes), {})[int(index)] = None
     stages = block_stages(model) if model.experts is None else (*block_stages(model), *sparse_stages(model))
     fused = {path: fusion.name for stage in stages for fusion in stage.fusions for path in fusion.linears}
-    fused |= {_same_of_all_experts(f"mlp.experts.0.{path.rpartition('.')[2]}"): "mlp.experts" for path in EXPERTS}
+    experts = [_same_of_all_experts(f"mlp.experts.0.{path.rpartition('.')[2]}") for path in EXPERTS]
     for (kind, changes), indices in where.items():
         # Readers that fuse linears ask for the fused name: a rule that skips one must match that as well.
-        before, names = _stored_names(dict.fromkeys((kind, fused.get(kind, kind))), model)
+        one = kind in experts and all(where.get((other, changes)) == indices for other in experts)
+        before, names = _stored_names(dict.fromkeys((kind, "mlp.experts" if one else fused.get(kind, kind))), model)
         which = r"\d+" if len(indices) == model.num_hidden_layers else f"(?:{'|'.join(map(str, sorted(indices)))})"
         rules[rf"{'-' if changes is None else '+'}:^{before}\.{which}\.(?:{names})$"] = dict(changes or ())
     return rules

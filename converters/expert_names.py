@@ -1,4 +1,4 @@
-"""Files that hold all experts of a block in one tensor, read as if they held them one by one: nothing is copied."""
+"""Files that hold experts as transformers does in memory, read as if they held them one by one: nothing is copied."""
 
 import math
 import re
@@ -9,13 +9,17 @@ from jgptq.errors import CheckpointError
 from jgptq.models import ModelConfig, checkpoint_name
 
 _FUSED = re.compile(r"(?P<before>.*\.layers\.(?P<block>\d+)\.)mlp\.experts\.(?P<part>gate_up_proj|down_proj)")
+_SINGLE = re.compile(
+    r".*\.layers\.(?P<block>\d+)\.mlp\.(?P<within>gate|experts\.\d+\.(?:gate|up|down)_proj)\.(?P<suffix>\w+)"
+)
+_ROUTER = {"gate": "router"}
 
 
 def with_single_experts(checkpoint: Checkpoint, config: ModelConfig) -> Checkpoint:
     """The checkpoint with every tensor of all experts replaced by one tensor for each expert and linear.
 
     transformers keeps experts as `experts.gate_up_proj` `[E, 2I, D]` and `experts.down_proj` `[E, D, I]` in memory, and some
-    programs write them so.
+    programs write them so. It has one name for the modules of all families there, which GPTQModel writes for Mixtral as well.
 
     Args:
       checkpoint: the tensors of a folder.
@@ -28,11 +32,13 @@ def with_single_experts(checkpoint: Checkpoint, config: ModelConfig) -> Checkpoi
         return checkpoint
     entries: dict[str, TensorEntry] = {}
     for name, entry in checkpoint.entries.items():
-        match = _FUSED.fullmatch(name)
-        if match is None:
-            entries[name] = entry
+        if fused := _FUSED.fullmatch(name):
+            entries |= _split(name, entry, int(fused["block"]), fused["part"], config)
+        elif single := _SINGLE.fullmatch(name):
+            path = f"layers.{single['block']}.mlp.{_ROUTER.get(single['within'], single['within'])}"
+            entries[f"{checkpoint_name(path, config.model_type)}.{single['suffix']}"] = entry
         else:
-            entries |= _split(name, entry, int(match["block"]), match["part"], config)
+            entries[name] = entry
     return Checkpoint(checkpoint.folder, entries)
 
 
