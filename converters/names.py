@@ -24,6 +24,7 @@ LEAVES = {
     "kernel": NameRule("weight", transposed=True),
     "bias": NameRule("bias", transposed=False),
     "scale": NameRule("weight", transposed=False),
+    "e_score_correction_bias": NameRule("e_score_correction_bias", transposed=False),
     "embedding": NameRule("weight", transposed=False),
 }
 """Last part of a leaf's path -> how it is stored."""

@@ -1,5 +1,6 @@
 """A decoder block as a list of stages: one idea for the forward pass, the calibration and the quantization."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -8,6 +9,7 @@ from flax import nnx
 
 from jgptq.models.architecture.config import ModelConfig
 from jgptq.models.experts import ExpertLinear, SparseMLP
+from jgptq.models.latent import LatentAttention, latent_stages
 from jgptq.models.layers import Fused, Linear, Norm, make_norm
 from jgptq.models.routing import dispatch
 from jgptq.models.sparse_stages import sparse_stages
@@ -98,6 +100,9 @@ STEPS: Mapping[str, Callable[..., jax.Array]] = {
     "activation": lambda block, outputs, _, norm: block.mlp.activate(outputs[0]),
     "add": _add,
     "add_normed": lambda unit, outputs, stream, norm: stream + norm(outputs[0]),
+    "latent": lambda block, outputs, _, norm: block.self_attn.split(outputs[0])[0],
+    "shared_keys": lambda block, outputs, _, norm: block.self_attn.split(outputs[0])[1],
+    "latent_attention": lambda block, outputs, _, norm, q, shared_k: block.self_attn.mix(q, outputs[0], shared_k),
     "route": lambda block, outputs, _, norm, stream: block.mlp.route(norm(stream)),
     "share": lambda block, outputs, _, norm, stream: block.mlp.share(norm(stream)),
     "add_experts": lambda block, outputs, stream, norm, routing: block.mlp.joined(outputs[0], routing, stream),
@@ -130,7 +135,7 @@ class Block(Unit):
         form = config.block_form
         self.attn_norm = make_norm(config)
         self.attn_out_norm = make_norm(config) if form == "sandwich" else None
-        self.self_attn = Attention(config, window, rngs=rngs)
+        self.self_attn = Attention(config, window, rngs=rngs) if config.latent is None else LatentAttention(config, rngs=rngs)
         self.mlp_norm = None if form == "parallel" else make_norm(config)
         self.mlp_out_norm = make_norm(config) if form == "sandwich" else None
         self.mlp = SparseMLP(config, rngs=rngs) if sparse else MLP(config, rngs=rngs)
@@ -138,7 +143,11 @@ class Block(Unit):
 
     def stages(self) -> tuple[Stage, ...]:
         """The stages of a dense block, or of one with experts."""
-        return sparse_stages(self.config) if isinstance(self.mlp, SparseMLP) else block_stages(self.config)
+        stages = sparse_stages(self.config) if isinstance(self.mlp, SparseMLP) else block_stages(self.config)
+        if self.config.latent is None:
+            return stages
+        _, close_attention, *mlp = stages
+        return (*latent_stages(self.config), dataclasses.replace(close_attention, absorber=None), *mlp)
 
     def __call__(self, residual: Float[jax.Array, "b S D"]) -> Float[jax.Array, "b S D"]:
         """Runs all stages on a residual stream."""

@@ -15,6 +15,7 @@ from flax import nnx
 
 from jgptq.errors import CheckpointError
 from jgptq.models.architecture.config import ModelConfig
+from jgptq.models.architecture.experts import ExpertsConfig
 from jgptq.models.layers import Linear
 from jgptq.models.packed import PackedTensor
 from jgptq.models.routing import Routing, arrange, choose, collect, grouped_product
@@ -213,6 +214,21 @@ class Experts(nnx.Module):
         self.down_proj = ExpertLinear(experts, inner, width, rngs=rngs)
 
 
+class Router(Linear):
+    """The linear whose outputs are the experts' logits; it is never quantized.
+
+    Args:
+      width: D.
+      switches: how it chooses.
+      rngs: source of the initial kernel.
+    """
+
+    def __init__(self, width: int, switches: ExpertsConfig, *, rngs: nnx.Rngs):
+        super().__init__(width, switches.num_experts, rngs=rngs)
+        corrected = nnx.Param(jnp.zeros(switches.num_experts, jnp.float32)) if switches.corrected else None
+        self.e_score_correction_bias: nnx.Param | None = corrected
+
+
 class SparseMLP(nnx.Module):
     """A mixture of experts, `sum_e w_e down_e(act(gate_e(h)) * up_e(h))` over the experts that a router chooses for a token.
 
@@ -226,7 +242,7 @@ class SparseMLP(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         assert config.experts is not None
         switches = config.experts
-        self.router = Linear(config.hidden_size, switches.num_experts, rngs=rngs)
+        self.router = Router(config.hidden_size, switches, rngs=rngs)
         self.experts = Experts(config, rngs=rngs)
         shared = dataclasses.replace(config, intermediate_size=switches.shared_width)
         self.shared_expert = MLP(shared, rngs=rngs) if switches.shared_width else None
@@ -237,7 +253,9 @@ class SparseMLP(nnx.Module):
     def route(self, h: Float[jax.Array, "b S D"]) -> Routing:
         """Where the tokens go."""
         logits = self.router(h.reshape(-1, h.shape[-1])).astype(jnp.float32)
-        return arrange(*choose(logits, self.switches), self.switches.num_experts)
+        correction = self.router.e_score_correction_bias
+        correction_e = None if correction is None else jnp.asarray(correction.get_value(), jnp.float32)
+        return arrange(*choose(logits, self.switches, correction_e), self.switches.num_experts)
 
     def activate(self, opening: Float[jax.Array, "*batch K"]) -> Float[jax.Array, "*batch K"]:
         """The activation, elementwise."""

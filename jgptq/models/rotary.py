@@ -93,6 +93,13 @@ class RopeConfig:
         kept = {key: value for key, value in given.items() if key in fields and value is not None}
         return cls(rope_type=rope_type, max_position_embeddings=maximum, **kept)
 
+    @property
+    def score_factor(self) -> float:
+        """What latent attention multiplies its scores by: the square of YaRN's factor for `mscale_all_dim`, one without it."""
+        if self.rope_type == "default" or not self.mscale_all_dim or _number(self.factor) <= 1:
+            return 1.0
+        return (0.1 * self.mscale_all_dim * math.log(_number(self.factor)) + 1.0) ** 2
+
     def to_hf(self) -> dict[str, Any]:
         """The `rope_parameters` object of a Hugging Face config that `from_hf` reads back."""
         items = dataclasses.asdict(self).items()

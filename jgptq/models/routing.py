@@ -54,23 +54,39 @@ def everyone(tokens: int, expert: Int[jax.Array, ""], experts: int) -> Routing:
     return arrange(expert_tk, jnp.ones((tokens, 1), jnp.float32), experts)
 
 
-def choose(logits_te: Float[jax.Array, "T E"], config: ExpertsConfig) -> tuple[Int[jax.Array, "T k"], Float[jax.Array, "T k"]]:
+def choose(
+    logits_te: Float[jax.Array, "T E"], config: ExpertsConfig, correction_e: Float[jax.Array, " E"] | None = None
+) -> tuple[Int[jax.Array, "T k"], Float[jax.Array, "T k"]]:
     """The experts of each token, best first, and their weights.
 
     Args:
       logits_te: float32, of the router.
       config: how it chooses.
+      correction_e: float32, added to the scores that are compared (arXiv 2412.19437, section 2.1.2); None for none.
 
     Returns:
       Experts int32 `[T, k]`, and weights float32 `[T, k]`.
     """
     scores = {"softmax": jax.nn.softmax, "softmax_of_chosen": lambda x: x, "sigmoid": jax.nn.sigmoid}
-    weight_tk, expert_tk = jax.lax.top_k(scores[config.score](logits_te), config.experts_per_token)
+    score_te = scores[config.score](logits_te)
+    compared_te = score_te if correction_e is None else score_te + correction_e[None]
+    if config.groups > 1:
+        compared_te = _of_best_groups(compared_te, config)
+    _, expert_tk = jax.lax.top_k(compared_te, config.experts_per_token)
+    weight_tk = jnp.take_along_axis(score_te, expert_tk, axis=-1)
     if config.score == "softmax_of_chosen":
         weight_tk = jax.nn.softmax(weight_tk)
     if config.normalized:
         weight_tk = weight_tk / jnp.sum(weight_tk, axis=-1, keepdims=True)
     return expert_tk, weight_tk * jnp.float32(config.weight_scale)
+
+
+def _of_best_groups(score_te: Float[jax.Array, "T E"], config: ExpertsConfig) -> Float[jax.Array, "T E"]:
+    """The scores of experts in the best groups; minus infinity for the others."""
+    score_tgj = score_te.reshape(score_te.shape[0], config.groups, -1)
+    group_tg = jnp.sum(jax.lax.top_k(score_tgj, config.group_best)[0], axis=-1)
+    least_t1 = jax.lax.top_k(group_tg, config.kept_groups)[0][:, -1:]
+    return jnp.where((group_tg >= least_t1)[..., None], score_tgj, -jnp.inf).reshape(score_te.shape)
 
 
 def arrange(expert_tk: Int[jax.Array, "T k"], weight_tk: Float[jax.Array, "T k"], experts: int) -> Routing:

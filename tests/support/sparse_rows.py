@@ -10,6 +10,17 @@ def _row(model_type: str, **changes) -> dict:
 
 QWEN = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 MIXTRAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
+DEEPSEEK = {
+    "num_key_value_heads": 4,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 32,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+}
 
 ROWS: dict[str, tuple[dict, dict | None]] = {
     "qwen3_moe": (_row("qwen3_moe", head_dim=16, **QWEN, norm_topk_prob=True), {"norm_topk_prob": False}),
@@ -57,5 +68,38 @@ ROWS: dict[str, tuple[dict, dict | None]] = {
             max_window_layers=2,
         ),
         {"max_window_layers": 0},
+    ),
+    "deepseek_v2": (_row("deepseek_v2", **DEEPSEEK, n_shared_experts=2, first_k_dense_replace=1), {"routed_scaling_factor": 2.0}),
+    "deepseek_v2_groups": (
+        _row(
+            "deepseek_v2",
+            **DEEPSEEK | {"q_lora_rank": None, "v_head_dim": 24},
+            n_shared_experts=1,
+            first_k_dense_replace=0,
+            topk_method="group_limited_greedy",
+            n_group=4,
+            topk_group=2,
+            attention_bias=True,
+        ),
+        {"topk_method": "greedy"},
+    ),
+    "deepseek_v3": (
+        _row("deepseek_v3", **DEEPSEEK, n_shared_experts=1, first_k_dense_replace=1, n_group=4, topk_group=2),
+        {"topk_group": 4},
+    ),
+    "deepseek_v3_yarn": (
+        _row(
+            "deepseek_v3",
+            **DEEPSEEK | {"q_lora_rank": None},
+            n_shared_experts=1,
+            first_k_dense_replace=0,
+            n_group=1,
+            topk_group=1,
+            norm_topk_prob=False,
+            rope_interleave=False,
+            attention_bias=True,
+            rope_scaling={"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "mscale": 1.0, "mscale_all_dim": 1.0},
+        ),
+        {"rope_interleave": True},
     ),
 }

@@ -139,6 +139,9 @@ def torch_twin(hf: dict, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(1 + noise / 2 if "norm" in name else noise / 2 if name.endswith("bias") else noise / 5)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(torch.randn(buffer.shape, generator=generator) / 5)
     return model
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from jgptq.models.architecture.experts import ExpertsConfig
+from jgptq.models.architecture.latent import LatentConfig
 from jgptq.models.rotary import RopeConfig
 
 ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
@@ -62,6 +63,7 @@ class ModelConfig:
     attn_logit_softcapping: float | None = None  # a bound that scores approach, see `jgptq.models.layers.softcapped`
     final_logit_softcapping: float | None = None  # the same of the logits
     experts: ExpertsConfig | None = None  # mixtures of experts in place of some MLPs; None: every MLP is dense
+    latent: LatentConfig | None = None  # keys and values come from one narrow vector a token; None: grouped-query attention
     layer_windows: tuple[int | None, ...]  # per block: positions that attention sees, None for all
     dtype: str = "float32"  # what activations are computed in: float32 or bfloat16
 

@@ -23,5 +23,19 @@ class ExpertsConfig:
     score: str = "softmax"  # one of `SCORES`
     normalized: bool = False  # the weights of a token are divided by their sum
     weight_scale: float = 1.0  # factor of all weights
+    groups: int = 1  # experts are chosen from a few groups of neighbours; 1: from all
+    kept_groups: int = 1  # how many
+    group_best: int = 1  # a group's score is the sum of this many of its best
+    corrected: bool = False  # experts are chosen by their scores plus a learned vector, which the weights leave out
     shared_width: int = 0  # of the inner layer of an MLP that every token passes as well; 0: there is none
     shared_gate: bool = False  # its output is multiplied by a sigmoid of the token's own
+
+    @property
+    def grouped(self) -> bool:
+        """Whether experts are chosen from a few groups."""
+        return self.groups > 1
+
+    @property
+    def shared_experts(self) -> int:
+        """The width of the shared MLP in experts."""
+        return self.shared_width // self.width

@@ -7,6 +7,7 @@ from jgptq.errors import ArchitectureError, CheckpointError
 from jgptq.models.architecture.config import ACTIVATIONS, DTYPES, LearnedPositions, ModelConfig, Positions
 from jgptq.models.architecture.families import SWITCHES, family_of
 from jgptq.models.architecture.hf_experts import experts_from_hf, experts_to_hf, mixture_keys
+from jgptq.models.architecture.latent import LatentConfig
 from jgptq.models.architecture.row import REQUIRED, Family, Window
 from jgptq.models.rotary import RopeConfig
 
@@ -29,7 +30,7 @@ def config_from_hf(hf: Mapping[str, Any], dtype: str = "auto") -> ModelConfig:
     """
     model_type = str(hf.get("model_type"))
     family = family_of(model_type)
-    keys = (*family.keys.values(), *mixture_keys(family))
+    keys = (*family.keys.values(), *mixture_keys(family), *(family.latent or {}).values())
     missing = [key.name for key in keys if key.default is REQUIRED and hf.get(key.name) is None]
     if missing:
         raise CheckpointError(f"config.json: {', '.join(missing)} missing; is this the config of a {model_type} model?")
@@ -52,6 +53,7 @@ def config_from_hf(hf: Mapping[str, Any], dtype: str = "auto") -> ModelConfig:
         **fields,
         positions=_positions(hf, family, fields["head_dim"]),
         experts=experts_from_hf(hf, family),
+        latent=_latent(hf, family),
         layer_windows=_layer_windows(hf, family.window),
         dtype=_resolve_dtype(hf, dtype),
     )
@@ -70,12 +72,20 @@ def config_to_hf(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
     if config.embedding_width is None and "embedding_width" in family.keys:
         hf[family.keys["embedding_width"].name] = config.hidden_size
     hf |= experts_to_hf(config.experts, family)
+    hf |= {key.name: key.stored(getattr(config.latent, switch)) for switch, key in (family.latent or {}).items()}
     if family.window is not None:
         hf |= _windows_to_hf(config.layer_windows, family.window)
     hf["max_position_embeddings"] = config.positions.max_position_embeddings
     if isinstance(config.positions, RopeConfig):
         hf |= {"rope_parameters": config.positions.to_hf(), "rope_theta": config.positions.rope_theta}
     return hf | {"torch_dtype": dtype}
+
+
+def _latent(hf: Mapping[str, Any], family: Family) -> LatentConfig | None:
+    """The switches of latent attention."""
+    if family.latent is None:
+        return None
+    return LatentConfig(**{switch: key.read(hf.get(key.name, key.default)) for switch, key in family.latent.items()})
 
 
 def _refuse_switches(hf: Mapping[str, Any], family: Family) -> None:

@@ -5,10 +5,11 @@ from typing import Any
 
 from jgptq.errors import ArchitectureError, CheckpointError
 from jgptq.models.architecture.experts import ExpertsConfig
-from jgptq.models.architecture.row import Family, Key
+from jgptq.models.architecture.row import REQUIRED, Family, Key
 
 _BLOCKS: Mapping[str, Mapping[str, Any]] = {
     "all": {},
+    "after_first": {"first_k_dense_replace": REQUIRED},
     "stepped": {"decoder_sparse_step": 1, "mlp_only_layers": None},
 }
 """Which blocks of a family are sparse -> the keys that say it, with what a silent file means."""
@@ -36,6 +37,12 @@ def experts_from_hf(hf: Mapping[str, Any], family: Family) -> ExpertsConfig | No
     if mixture is None:
         return None
     fields = {switch: key.read(hf.get(key.name, key.default)) for switch, key in mixture.keys.items()} | dict(mixture.fixed)
+    if "shared_experts" in fields:
+        fields["shared_width"] = (fields.pop("shared_experts") or 0) * fields["width"]
+    for switch in ("groups", "kept_groups"):
+        fields[switch] = fields.get(switch) or 1
+    if fields.pop("grouped", True) is False:
+        fields["groups"] = fields["kept_groups"] = 1
     config = ExpertsConfig(**fields, sparse_layers=sparse_layers(hf, mixture.blocks))
     if not 0 < config.experts_per_token <= config.num_experts:
         raise CheckpointError(
@@ -52,7 +59,7 @@ def experts_to_hf(config: ExpertsConfig | None, family: Family) -> dict[str, Any
         return {}
     hf = {key.name: key.stored(getattr(config, switch)) for switch, key in family.experts.keys.items()}
     dense = [index for index, sparse in enumerate(config.sparse_layers) if not sparse]
-    return hf | ({"decoder_sparse_step": 1, "mlp_only_layers": dense} if family.experts.blocks == "stepped" else {})
+    return hf | {"all": {}, "stepped": {"decoder_sparse_step": 1, "mlp_only_layers": dense}, "after_first": {"first_k_dense_replace": len(dense)}}[family.experts.blocks]
 
 
 def sparse_layers(hf: Mapping[str, Any], blocks: str) -> tuple[bool, ...]:
@@ -61,11 +68,13 @@ def sparse_layers(hf: Mapping[str, Any], blocks: str) -> tuple[bool, ...]:
     Args:
       hf: the parsed file.
       blocks: "all"; or "stepped": those whose number, counted from one, is a multiple of `decoder_sparse_step`, without those
-        of `mlp_only_layers`.
+        of `mlp_only_layers`; or "after_first": those after the first `first_k_dense_replace`.
     """
     layers = hf["num_hidden_layers"]
     said = {name: default if hf.get(name) is None else hf[name] for name, default in _BLOCKS[blocks].items()}
     if blocks == "all":
         return (True,) * layers
+    if blocks == "after_first":
+        return tuple(index >= said["first_k_dense_replace"] for index in range(layers))
     dense = said["mlp_only_layers"] or ()
     return tuple(index not in dense and (index + 1) % said["decoder_sparse_step"] == 0 for index in range(layers))

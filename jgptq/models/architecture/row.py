@@ -63,6 +63,7 @@ class Family:
     max_positions: int = 2048  # of `max_position_embeddings`, where the file is silent
     position_offset: int = 0  # of learned positions: the row of the table that belongs to position 0
     partial_rotary: float | None = None  # part of a head that is rotated, where the file is silent; None: all of it, always
+    latent: Mapping[str, Key] | None = None  # switch of `LatentConfig` -> where it stands in the file; None: it has none
     experts: Mixture | None = None  # None: every MLP is dense
     window: Window | None = None  # None: attention sees all positions
     decoder: str = "model"  # what stands before the names of all modules but the output projection

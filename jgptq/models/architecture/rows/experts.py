@@ -8,6 +8,21 @@ from jgptq.models.architecture.rows.common import ATTENTION_BIAS, COMMON, LLAMA_
 ROUTED = {"num_experts": Key("num_experts"), "experts_per_token": Key("num_experts_per_tok")}
 QWEN = ROUTED | {"width": Key("moe_intermediate_size"), "normalized": Key("norm_topk_prob", False)}
 ROUTER = {"mlp.router": "mlp.gate"}
+DEEPSEEK = {
+    "num_experts": Key("n_routed_experts"),
+    "experts_per_token": Key("num_experts_per_tok"),
+    "width": Key("moe_intermediate_size"),
+    "shared_experts": Key("n_shared_experts", 0),
+    "groups": Key("n_group", 1),
+    "kept_groups": Key("topk_group", 1),
+}
+LATENT = {
+    "query_rank": Key("q_lora_rank", None),
+    "kv_rank": Key("kv_lora_rank"),
+    "plain": Key("qk_nope_head_dim"),
+    "value": Key("v_head_dim"),
+}
+SHARED_EXPERTS = {f"mlp.shared_expert.{name}_proj": f"mlp.shared_experts.{name}_proj" for name in ("gate", "up", "down")}
 
 ROWS: Mapping[str, Family] = {
     "qwen3_moe": Family(
@@ -69,5 +84,34 @@ ROWS: Mapping[str, Family] = {
         ),
         window=Window(default=4096, blocks="opt_in_even"),
         modules=LLAMA_NORMS | ROUTER,
+    ),
+    # arXiv 2405.04434.
+    "deepseek_v2": Family(
+        hf_class="DeepseekV2ForCausalLM",
+        keys=COMMON | ATTENTION_BIAS | {"mlp_bias": Key("mlp_bias", False), "head_dim": Key("qk_rope_head_dim")},
+        experts=Mixture(
+            keys=DEEPSEEK
+            | {
+                "weight_scale": Key("routed_scaling_factor", 1.0),
+                "grouped": Key("topk_method", "greedy", {"greedy": False, "group_limited_greedy": True}),
+            },
+            blocks="after_first",
+        ),
+        latent=LATENT,
+        modules=LLAMA_NORMS | ROUTER | SHARED_EXPERTS,
+    ),
+    # arXiv 2412.19437.
+    "deepseek_v3": Family(
+        hf_class="DeepseekV3ForCausalLM",
+        keys=COMMON | ATTENTION_BIAS | {"head_dim": Key("qk_rope_head_dim")},
+        max_positions=4096,
+        experts=Mixture(
+            keys=DEEPSEEK
+            | {"weight_scale": Key("routed_scaling_factor", 2.5), "normalized": Key("norm_topk_prob", True)},
+            fixed={"score": "sigmoid", "corrected": True, "group_best": 2},
+            blocks="after_first",
+        ),
+        latent=LATENT | {"interleaved": Key("rope_interleave", True)},
+        modules=LLAMA_NORMS | ROUTER | SHARED_EXPERTS,
     ),
 }
