@@ -9,9 +9,7 @@ from jgptq.errors import CheckpointError
 from jgptq.models import ModelConfig, checkpoint_name
 
 _FUSED = re.compile(r"(?P<before>.*\.layers\.(?P<block>\d+)\.)mlp\.experts\.(?P<part>gate_up_proj|down_proj)")
-_SINGLE = re.compile(
-    r".*\.layers\.(?P<block>\d+)\.mlp\.(?P<within>gate|experts\.\d+\.(?:gate|up|down)_proj)\.(?P<suffix>\w+)"
-)
+_SINGLE = re.compile(r".*\.layers\.(?P<block>\d+)\.mlp\.(?P<within>gate|experts\.\d+\.(?:gate|up|down)_proj)\.(?P<suffix>\w+)")
 _ROUTER = {"gate": "router"}
 
 

@@ -161,14 +161,13 @@ class Expert:
     """
 
     def __init__(self, stack: ExpertLinear, index: int):
-        object.__setattr__(self, "_stack", stack)
-        object.__setattr__(self, "_index", index)
+        self.__dict__ |= {"stack": stack, "index": index}
 
     def __getattr__(self, name: str) -> "_Part":
-        return _Part(getattr(self._stack, name), self._index)
+        return _Part(getattr(self.__dict__["stack"], name), self.__dict__["index"])
 
     def __setattr__(self, name: str, param: nnx.Param) -> None:
-        _Part(getattr(self._stack, name), self._index).set_value(param.get_value())
+        getattr(self, name).set_value(param.get_value())
 
 
 class _Part:

@@ -25,7 +25,7 @@ def sparse_stages(config: ModelConfig) -> tuple[Stage, ...]:
       The stages of attention; the linears that open the experts, and those that open a shared MLP; those that close the experts,
       and the one that closes the shared MLP.
     """
-    *attention, close_attention, open_mlp, close_mlp = block_stages(config)
+    *attention, close_attention, open_mlp, _ = block_stages(config)
     assert config.experts is not None
     chooses = Step(name="route", of=(), to=ROUTING, norm="mlp_norm", takes=(RESIDUAL,), decides=True)
     share = Step(name="share", of=(), to="share", norm="mlp_norm", takes=(RESIDUAL,))

@@ -167,8 +167,8 @@ def _advance(
 ) -> tuple[Batch, StageSums | None]:
     this = work.stages()[stage]
     carry = work.run(this, batch.carry)
-    reference_carry = None if batch.reference is None else reference.run(this, batch.reference) | this.decisions(carry)
-    batch = Batch(carry, reference_carry)
+    followed = None if batch.reference is None else {**reference.run(this, batch.reference), **this.decisions(carry)}
+    batch = Batch(carry, followed)
     if total is None or wanted is None:
         return batch, None
     return batch, _accumulate(work, reference, batch, total, stage + 1, wanted)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jgptq.errors import ConfigError, NumericalError, RuleWarning
-from jgptq.models import RESIDUAL, Block, Decoder, Head, Unit, checkpoint_name, single_linears
+from jgptq.models import RESIDUAL, Block, Decoder, Head, Linear, Unit, checkpoint_name, single_linears
 from jgptq.models.experts import PackedExperts
 from jgptq.models.memory import copy_module, to_device
 from jgptq.models.packed import PackedTensor
@@ -173,7 +173,8 @@ def _quantize_unit(
             rows += stage_rows
             packed |= stacks
         else:
-            solved, stage_rows = solve_linears(names, linears, total, decision.config, job)
+            plain = {path: linear for path, linear in linears.items() if isinstance(linear, Linear)}
+            solved, stage_rows = solve_linears(names, plain, total, decision.config, job)
             rows += stage_rows
             packed |= solved
         if not (last and number == len(plan) - 1):

@@ -66,7 +66,7 @@ class _Solved(NamedTuple):
     """The columns of all linears side by side, of every expert."""
 
     packed: PackedTensor
-    kernel: jax.Array
+    kernel: jax.Array | None
     loss: jax.Array
     rtn_loss: jax.Array
     damping: jax.Array
@@ -110,13 +110,14 @@ def solve_chunk(chunk: Chunk, config: SolverConfig, dtype: jnp.dtype, *, allow_r
     if rounded_e.any():
         nearest = _run(w_ekn, chunk.total, dataclasses.replace(config, method="rtn"), dtype)
         solved = _chosen(jnp.asarray(rounded_e), _like(nearest, solved), solved)
-    host = jax.device_get(solved._replace(kernel=None))
+    solved_ekn, host = solved.kernel, jax.device_get(solved._replace(kernel=None))
+    assert solved_ekn is not None
     widths = [kernel.shape[2] for kernel in chunk.kernels]
     ends = np.cumsum(widths)
     bounds = list(zip(ends - widths, ends, strict=True))
     return SolvedChunk(
         packed=[_columns(host.packed, start, stop, int(ends[-1])) for start, stop in bounds],
-        kernels=[solved.kernel[:, :, start:stop] for start, stop in bounds],
+        kernels=[solved_ekn[:, :, start:stop] for start, stop in bounds],
         rows=[_row(chunk, host, outcome_e, index, bounds, config) for index in range(len(outcome_e))],
     )
 
@@ -132,7 +133,7 @@ def _wide(kernels: tuple[jax.Array, ...]) -> jax.Array:
 
 
 def _run(w_ekn: jax.Array, total: ExpertSums | None, config: SolverConfig, dtype: jnp.dtype) -> _Solved:
-    config = config.solver
+    config = config.solver.dense
     if not config.float64:
         return _solve(w_ekn, total, config, dtype)
     with jax.enable_x64(True):
@@ -183,7 +184,8 @@ def _check(chunk: Chunk, outcome_e: np.ndarray, wrong_e: np.ndarray) -> None:
     """Raises an error that names every expert without a usable solution."""
     if not wrong_e.any():
         return
-    lines = [f"{', '.join(chunk.names[index])}: {Outcome(int(outcome_e[index])).message}" for index in np.flatnonzero(wrong_e)]
+    wrong = [int(index) for index in np.flatnonzero(wrong_e)]
+    lines = [f"{', '.join(chunk.names[index])}: {Outcome(int(outcome_e[index])).message}" for index in wrong]
     rescuable = np.isin(outcome_e[wrong_e], [Outcome.ZERO_HESSIAN, Outcome.NOT_FACTORED]).all()
     hint = " To round such linears to nearest instead, pass allow_rtn_fallback=True (--allow-rtn-fallback)." if rescuable else ""
     raise NumericalError("\n".join(lines) + hint)
@@ -192,14 +194,14 @@ def _check(chunk: Chunk, outcome_e: np.ndarray, wrong_e: np.ndarray) -> None:
 def _columns(packed: PackedTensor, start: int, stop: int, width: int) -> PackedTensor:
     """Some columns of every expert: zero points are packed along them."""
 
-    def cut(leaf: Array | None) -> Array | None:
-        return None if leaf is None else leaf[..., start * leaf.shape[-1] // width : stop * leaf.shape[-1] // width]
+    def cut(leaf: Array) -> Array:
+        return leaf[..., start * leaf.shape[-1] // width : stop * leaf.shape[-1] // width]
 
     return dataclasses.replace(
         packed,
         qweight=cut(packed.qweight),
         scales=cut(packed.scales),
-        zeros=cut(packed.zeros),
+        zeros=None if packed.zeros is None else cut(packed.zeros),
         shape=(packed.shape[0], int(stop - start)),
     )
 

@@ -153,11 +153,10 @@ def _observe_layer(work: Unit, reference: Unit, batch: Batch, total: ExpertSums,
 @functools.partial(jax.jit, static_argnames="stage", donate_argnames="total")
 def _observe_all(work: Unit, reference: Unit, batch: Batch, total: ExpertSums, expert: jax.Array, *, stage: Stage) -> ExpertSums:
     """Adds what an expert would read if every token were routed to it."""
-    tokens, chosen = _routing(batch.carry, stage).place_tk.shape
-    sent = everyone(tokens, expert, _routing(batch.carry, stage).rows_e.shape[0])
+    routing = _routing(batch.carry, stage)
+    sent = everyone(routing.place_tk.shape[0], expert, routing.rows_e.shape[0])
     carry = _up_to(work, stage, {**batch.carry, str(stage.routing): sent})
     followed = None if batch.reference is None else _up_to(reference, stage, {**batch.reference, str(stage.routing): sent})
-    # The first block with rows of this expert is block 0: there are no others.
     return _accumulate(work, reference, Batch(carry, followed), total, stage, sent.expert_c - expert, sent.rows_c)
 
 

@@ -160,7 +160,9 @@ def _plan_unit(unit: Unit, prefix: str, config: QuantizeConfig) -> Plan:
     return tuple(_plan_stage(stage, linears, prefix, unit.config.model_type, config) for stage in unit.stages())
 
 
-def _plan_stage(stage: Stage, linears: Mapping[str, AnyLinear], prefix: str, architecture: str, config: QuantizeConfig) -> StagePlan:
+def _plan_stage(
+    stage: Stage, linears: Mapping[str, AnyLinear], prefix: str, architecture: str, config: QuantizeConfig
+) -> StagePlan:
     single = [path for stack in stage.linears for path, _ in single_linears(stack, linears[stack])]
     full = {path: checkpoint_name(prefix + path, architecture) for path in single}
     settings = {path: resolve(config, name) for path, name in full.items()}
@@ -177,14 +179,13 @@ def _plan_stage(stage: Stage, linears: Mapping[str, AnyLinear], prefix: str, arc
             reasons[path] = reason
     kept = "; ".join(f"{path}: {reason}" for path, reason in reasons.items())
     k, n = shape_of(linears[stage.linears[0]])
+    agreed = agreed if stage.routing is not None else agreed.dense
     reads = method_of(agreed).statistics
     pulls = stage.adds and reads.drift and reads.residual and n < k
     return StagePlan(stage.linears, kept or None, agreed, tuple(single), pulls, sums_itself=stage.routing is not None)
 
 
-def _parted(
-    stage: Stage, settings: Mapping[str, SolverConfig | None], names: Mapping[str, str], config: QuantizeConfig
-) -> str:
+def _parted(stage: Stage, settings: Mapping[str, SolverConfig | None], names: Mapping[str, str], config: QuantizeConfig) -> str:
     """The error message for linears of a stage that rules give different settings."""
     said = {name: _described(config, name) for name in names.values()}
     if stage.routing is not None:  # of many experts, the first for each of the settings

@@ -119,7 +119,10 @@ def _factors_of(norms: Mapping[str, Norm], linears: Mapping[str, Linear | Expert
 
 
 def _multiply(
-    norms: Mapping[str, Norm], linears: Mapping[str, Linear | ExpertLinear], factors: Factors, times: Callable[[Array, jax.Array, float], Any]
+    norms: Mapping[str, Norm],
+    linears: Mapping[str, Linear | ExpertLinear],
+    factors: Factors,
+    times: Callable[[Array, jax.Array, float], Any],
 ) -> None:
     """Multiplies scales in place by `times(scale, factor, offset)`: what acts is the offset plus the stored scale."""
     for path, norm in norms.items():

@@ -97,9 +97,9 @@ class SolverConfig:
     )
     starved_experts: StarvedExperts = option(
         "shrink",
-        help="What a linear of an expert is solved on that too few calibration tokens were routed to: shrink, its Hessian "
-        "mixed with the mean of all experts of its layer, the more the fewer its tokens; all_tokens, the Hessian of all tokens as "
-        "if each were routed to it; rtn, round to nearest.",
+        help="How the linears of an expert are solved that too few calibration tokens were routed to: shrink, on their Hessian "
+        "mixed with the mean of all experts of the layer, the more the fewer the tokens; all_tokens, on the Hessian of all "
+        "tokens, as if each were routed to it; rtn, by rounding to nearest.",
         values=get_args(StarvedExperts),
         rule=True,
         published="rtn",
@@ -134,6 +134,12 @@ class SolverConfig:
         if type(self) is SolverConfig:
             return self
         return SolverConfig(**{name: getattr(self, name) for name in options(SolverConfig)})
+
+    @property
+    def dense(self) -> "SolverConfig":
+        """These settings without those of experts alone, which no compiled program reads."""
+        defaults = {name: getattr(SolverConfig, name) for name in ("starved_experts", "min_tokens_per_feature")}
+        return dataclasses.replace(self, **defaults)
 
     @property
     def grid_search(self) -> Scale:

@@ -54,7 +54,9 @@ def test_each_row_is_multiplied_by_the_kernel_of_its_own_expert(case):
     random = np.random.default_rng(seed)
     h, w_ekn = random.normal(size=(1, tokens, 8)).astype(np.float32), random.normal(size=(experts, 8, 5)).astype(np.float32)
     y = collect(grouped_product(dispatch(jnp.asarray(h), routing), jnp.asarray(w_ekn), routing), routing)
-    expected = sum(weight_tk[:, i, None] * np.einsum("tk,tkn->tn", h[0], w_ekn[expert_tk[:, i]]) for i in range(expert_tk.shape[1]))
+    expected = sum(
+        weight_tk[:, i, None] * np.einsum("tk,tkn->tn", h[0], w_ekn[expert_tk[:, i]]) for i in range(expert_tk.shape[1])
+    )
     np.testing.assert_allclose(y, expected, atol=1e-4)
 
 
@@ -79,7 +81,9 @@ def test_a_mixture_is_the_textbooks(changes: dict):
     mlp = SparseMLP(tiny.config(**QWEN3_MOE | {"experts": switches}), rngs=nnx.Rngs(0))
     random = np.random.default_rng(0)
     linears = {"router": mlp.router, "gate": mlp.experts.gate_proj, "up": mlp.experts.up_proj, "down": mlp.experts.down_proj}
-    kernels = {name: random.normal(size=linear.kernel.get_value().shape).astype(np.float32) / 4 for name, linear in linears.items()}
+    kernels = {
+        name: random.normal(size=linear.kernel.get_value().shape).astype(np.float32) / 4 for name, linear in linears.items()
+    }
     for name, linear in linears.items():
         linear.kernel.set_value(jnp.asarray(kernels[name]))
     h = jnp.asarray(random.normal(size=(2, 9, 64)), jnp.float32)

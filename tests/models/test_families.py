@@ -34,7 +34,9 @@ def tensor_names(row: str) -> dict[str, str]:
         (f"{checkpoint_name(path, model_type)}.{LEAVES[leaf].suffix}", f"{path}.{leaf}") for path, _, leaf in leaves(decoder)
     ]
     assert len(dict(pairs)) == len(pairs)
-    stacked = 0 if decoder.config.experts is None else 3 * (decoder.config.experts.num_experts - 1) * sum(decoder.config.sparse_layers)
+    stacked = (
+        0 if decoder.config.experts is None else 3 * (decoder.config.experts.num_experts - 1) * sum(decoder.config.sparse_layers)
+    )
     assert len(pairs) == len(jax.tree.leaves(decoder)) + stacked
     return dict(pairs)
 

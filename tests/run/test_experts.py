@@ -34,7 +34,9 @@ def stage_of(block, path: str):
     return next(stage for stage in block.stages() if path in stage.linears)
 
 
-def expert_inputs(params: Decoder, quantized: Decoder, calib: np.ndarray, index: int, everyone: bool) -> dict[str, list[np.ndarray]]:
+def expert_inputs(
+    params: Decoder, quantized: Decoder, calib: np.ndarray, index: int, everyone: bool
+) -> dict[str, list[np.ndarray]]:
     """What the linears of each expert of a block read, `[T, K]`, by hand: the blocks before it are quantized, and so is all of
     the block that comes before. With `everyone`, as if all tokens were routed to each."""
     residual = params.embed(jnp.asarray(calib))
@@ -47,7 +49,9 @@ def expert_inputs(params: Decoder, quantized: Decoder, calib: np.ndarray, index:
             break
         carry = block.run(stage, carry)
     h_td = np.asarray(block.mlp_norm(carry[RESIDUAL]), np.float32).reshape(-1, 64)
-    chosen_tk = sparse.chosen_experts(h_td, np.asarray(block.mlp.router.kernel.get_value()), params.config.experts.experts_per_token)
+    chosen_tk = sparse.chosen_experts(
+        h_td, np.asarray(block.mlp.router.kernel.get_value()), params.config.experts.experts_per_token
+    )
     gate, up = (kernels(block, path) for path in OPENING)
     read: dict[str, list[np.ndarray]] = {"open": [], "close": []}
     for expert in range(params.config.experts.num_experts):
@@ -188,7 +192,9 @@ def test_a_rule_chooses_what_happens_to_the_starved_experts_of_one_layer():
     params = tiny.decoder(**sparse.QWEN3_MOE)
     rules = {r"+:.*layers\.0\..*experts": {"starved_experts": "rtn"}}
     _, report = jgptq.quantize(params, tiny.tokens(), rules=rules, **STARVING)
-    notes = {layer: {row.note for row in report.rows if row.name.startswith(f"layers.{layer}.mlp") and row.note} for layer in (0, 1)}
+    notes = {
+        layer: {row.note for row in report.rows if row.name.startswith(f"layers.{layer}.mlp") and row.note} for layer in (0, 1)
+    }
     assert all("rounded to nearest" in note for note in notes[0])
     assert all("mixed with the mean" in note for note in notes[1])
     assert notes[0]

@@ -59,7 +59,12 @@ def experts_to_hf(config: ExpertsConfig | None, family: Family) -> dict[str, Any
         return {}
     hf = {key.name: key.stored(getattr(config, switch)) for switch, key in family.experts.keys.items()}
     dense = [index for index, sparse in enumerate(config.sparse_layers) if not sparse]
-    return hf | {"all": {}, "stepped": {"decoder_sparse_step": 1, "mlp_only_layers": dense}, "after_first": {"first_k_dense_replace": len(dense)}}[family.experts.blocks]
+    blocks: dict[str, dict[str, Any]] = {
+        "all": {},
+        "stepped": {"decoder_sparse_step": 1, "mlp_only_layers": dense},
+        "after_first": {"first_k_dense_replace": len(dense)},
+    }
+    return hf | blocks[family.experts.blocks]
 
 
 def sparse_layers(hf: Mapping[str, Any], blocks: str) -> tuple[bool, ...]:

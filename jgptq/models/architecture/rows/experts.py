@@ -106,8 +106,7 @@ ROWS: Mapping[str, Family] = {
         keys=COMMON | ATTENTION_BIAS | {"head_dim": Key("qk_rope_head_dim")},
         max_positions=4096,
         experts=Mixture(
-            keys=DEEPSEEK
-            | {"weight_scale": Key("routed_scaling_factor", 2.5), "normalized": Key("norm_topk_prob", True)},
+            keys=DEEPSEEK | {"weight_scale": Key("routed_scaling_factor", 2.5), "normalized": Key("norm_topk_prob", True)},
             fixed={"score": "sigmoid", "corrected": True, "group_best": 2},
             blocks="after_first",
         ),
