@@ -4,6 +4,7 @@ from jgptq.models.architecture.config import AlibiPositions, LearnedPositions, M
 from jgptq.models.architecture.experts import ExpertsConfig
 from jgptq.models.architecture.families import FAMILIES, checkpoint_name
 from jgptq.models.architecture.hf_config import config_from_hf, config_to_hf
+from jgptq.models.architecture.latent import LatentConfig
 from jgptq.models.block import Block, Carry, Head, Unit
 from jgptq.models.decoder import Decoder, Origin
 from jgptq.models.experts import Expert, ExpertLinear, single_linears
@@ -24,6 +25,7 @@ __all__ = [
     "ExpertsConfig",
     "Fusion",
     "Head",
+    "LatentConfig",
     "LayerNorm",
     "LearnedPositions",
     "Linear",

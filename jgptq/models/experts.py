@@ -161,7 +161,7 @@ class Expert:
     """
 
     def __init__(self, stack: ExpertLinear, index: int):
-        self.__dict__ |= {"stack": stack, "index": index}
+        self.__dict__.update(stack=stack, index=index)
 
     def __getattr__(self, name: str) -> "_Part":
         return _Part(getattr(self.__dict__["stack"], name), self.__dict__["index"])

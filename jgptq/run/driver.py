@@ -125,9 +125,11 @@ def _tuned(
     quantized: Decoder, params: Decoder, tokens: Sequence[Any], batches: Sequence[Batch], passes: float
 ) -> tuple[Decoder, TuningReport]:
     """The decoder with its scales and norms tuned towards the float model's predictions on the batches."""
-    from jgptq.run.tune import Lesson, tune  # imports optax
+    from jgptq.run.tune import Lesson, float_streams, tune  # imports optax
 
+    # With experts, the float stream next to the quantized one followed the routing of that, and the float model does not.
     streams = [batch.reference[RESIDUAL] for batch in batches if batch.reference is not None]
+    streams = streams if params.config.experts is None else float_streams(params, tokens)
     return tune(quantized, params, [Lesson(*pair) for pair in zip(tokens, streams, strict=True)], passes)
 
 

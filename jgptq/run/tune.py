@@ -179,6 +179,17 @@ _pull_distance = jax.jit(jax.grad(_distance, argnums=(1, 2)))
 
 
 _embed = jax.jit(lambda head, tokens: head.embed(tokens))
+_run = jax.jit(lambda block, residual: block(residual))
+
+
+def float_streams(params: Decoder, batches: Sequence[Int[np.ndarray, "b S"]]) -> list[Float[jax.Array, "b S D"]]:
+    """The residual stream after the last block of the float model, with one block on the device at a time."""
+    head = to_device(params.embedder())
+    streams = [_embed(head, jnp.asarray(tokens)) for tokens in batches]
+    for block in params.layers:
+        work = to_device(block)
+        streams = [_run(work, stream) for stream in streams]
+    return streams
 
 
 def _streams(model: Decoder, head: Decoder, blocks: Sequence[Factors], lesson: Lesson) -> list[jax.Array]:

@@ -37,6 +37,7 @@ FORMS = {
     "parallel": {"block_form": "parallel"},
     "output": {"block_form": "output", "qk_norm": "width"},
     "gemma2": tiny.GEMMA2,
+    "latent": tiny.LATENT,
 }
 
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+import tiny
 
 from jgptq.models import ExpertsConfig
 
@@ -17,7 +18,23 @@ QWEN2_MOE: dict[str, Any] = {
         num_experts=4, experts_per_token=2, width=32, sparse_layers=(False, True), shared_width=64, shared_gate=True
     ),
 }
-FORMS = {"qwen3_moe": QWEN3_MOE, "mixtral": MIXTRAL, "olmoe": OLMOE, "qwen2_moe": QWEN2_MOE}
+DEEPSEEK: dict[str, Any] = tiny.LATENT | {
+    "experts": ExpertsConfig(
+        num_experts=4,
+        experts_per_token=2,
+        width=32,
+        sparse_layers=(False, True),
+        score="sigmoid",
+        normalized=True,
+        weight_scale=2.5,
+        groups=2,
+        kept_groups=1,
+        group_best=2,
+        corrected=True,
+        shared_width=64,
+    )
+}
+FORMS = {"qwen3_moe": QWEN3_MOE, "mixtral": MIXTRAL, "olmoe": OLMOE, "qwen2_moe": QWEN2_MOE, "deepseek": DEEPSEEK}
 
 
 def chosen_experts(h_td: np.ndarray, router_de: np.ndarray, count: int) -> np.ndarray:

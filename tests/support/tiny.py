@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from converters import save_hf
-from jgptq.models import Decoder, LearnedPositions, ModelConfig
+from jgptq.models import Decoder, LatentConfig, LearnedPositions, ModelConfig
 
 VOCAB, SEQ_LEN = 96, 16
 
@@ -44,6 +44,13 @@ GEMMA2 = {
     "layer_windows": (8, None),
 }
 """What makes a Gemma 2 of a tiny decoder: four norms a block, bounded scores and logits, a window in every other block."""
+LATENT = {
+    "model_type": "deepseek_v3",
+    "latent": LatentConfig(query_rank=32, kv_rank=32, plain=16, value=16),
+    "num_key_value_heads": 4,
+    "head_dim": 32,
+}
+"""What makes latent attention of that of a tiny decoder."""
 
 
 def config(**changes: Any) -> ModelConfig:
