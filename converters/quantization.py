@@ -7,7 +7,7 @@ from typing import Any, Literal, cast, get_args
 
 from jgptq.errors import CheckpointError, ConfigError
 from jgptq.models import ModelConfig, checkpoint_name
-from jgptq.models.sparse_stages import EXPERTS, sparse_stages
+from jgptq.models.mixture.stages import EXPERTS, sparse_stages
 from jgptq.models.stages import block_stages
 from jgptq.settings.options import SAME_AS_HERE, options
 from jgptq.settings.rules import first_match, rules_from_dynamic, rules_to_dynamic, stored_rules

@@ -7,8 +7,8 @@ from jgptq.models.architecture.hf_config import config_from_hf, config_to_hf
 from jgptq.models.architecture.latent import LatentConfig
 from jgptq.models.block import Block, Carry, Head, Unit
 from jgptq.models.decoder import Decoder, Origin
-from jgptq.models.experts import Expert, ExpertLinear, single_linears
 from jgptq.models.layers import Embedding, LayerNorm, Linear, Norm, RMSNorm
+from jgptq.models.mixture.linears import Expert, ExpertLinear, single_linears
 from jgptq.models.rotary import RopeConfig
 from jgptq.models.stages import RESIDUAL, Fusion, Stage, Step
 

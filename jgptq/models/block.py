@@ -8,11 +8,12 @@ import jax
 from flax import nnx
 
 from jgptq.models.architecture.config import ModelConfig
-from jgptq.models.experts import ExpertLinear, SparseMLP
 from jgptq.models.latent import LatentAttention, latent_stages
 from jgptq.models.layers import Fused, Linear, Norm, make_norm
-from jgptq.models.routing import dispatch
-from jgptq.models.sparse_stages import sparse_stages
+from jgptq.models.mixture.linears import ExpertLinear
+from jgptq.models.mixture.mlp import SparseMLP
+from jgptq.models.mixture.routing import dispatch
+from jgptq.models.mixture.stages import sparse_stages
 from jgptq.models.stages import RESIDUAL, Stage, block_stages, head_stages
 from jgptq.models.sublayers import MLP, Attention
 from jgptq.notation import Float

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jgptq.models.experts import PerExpert, stack_parts
+from jgptq.models.mixture.leaves import PerExpert, stack_parts
 
 Tree = TypeVar("Tree")
 

@@ -16,8 +16,8 @@ from flax import nnx
 
 from jgptq.errors import ConfigError, NumericalError, RuleWarning
 from jgptq.models import RESIDUAL, Block, Decoder, Head, Linear, Unit, checkpoint_name, single_linears
-from jgptq.models.experts import PackedExperts
 from jgptq.models.memory import copy_module, to_device
+from jgptq.models.mixture.leaves import PackedExperts
 from jgptq.models.packed import PackedTensor
 from jgptq.notation import Array, Int
 from jgptq.run.ahead import Program, compiled_ahead, unit_programs

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jgptq.models import Carry, ExpertLinear, Stage, Unit
-from jgptq.models.experts import PackedExperts
-from jgptq.models.routing import Routing, everyone
+from jgptq.models.mixture.leaves import PackedExperts
+from jgptq.models.mixture.routing import Routing, everyone
 from jgptq.run.batches import Batch
 from jgptq.run.expert_solve import Chunk, ExpertRow, experts_at_once, joined, solve_chunk
 from jgptq.run.lapack import lapack_threads

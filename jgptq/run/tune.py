@@ -21,8 +21,8 @@ import optax
 from flax import nnx
 
 from jgptq.models import Block, Decoder, ExpertLinear, Linear, Norm
-from jgptq.models.experts import PackedExperts
 from jgptq.models.memory import copy_module, to_device
+from jgptq.models.mixture.leaves import PackedExperts
 from jgptq.models.packed import PackedTensor
 from jgptq.notation import Array, Float, Int
 from jgptq.run.report import TuningReport

@@ -55,10 +55,11 @@ def test_experts_in_one_tensor_are_read_as_those_in_tensors_of_their_own(tmp_pat
     fused = tensors(out)
     for index, block in enumerate(params.layers):
         if params.config.sparse_layers[index]:
-            experts, before = block.mlp.experts, f"model.layers.{index}.mlp"
+            before = f"model.layers.{index}.mlp"
+            stacks = [block.mlp.experts.gate_proj, block.mlp.experts.up_proj, block.mlp.experts.down_proj]
+            gate, up, down = (np.asarray(stack.kernel.get_value()) for stack in stacks)
             for name in [name for name in fused if re.search(rf"\.{index}\..*\.experts\.|\.{index}\.block_sparse_moe", name)]:
                 del fused[name]
-            gate, up, down = (np.asarray(linear.kernel.get_value()) for linear in (experts.gate_proj, experts.up_proj, experts.down_proj))
             fused[f"{before}.gate.weight"] = np.ascontiguousarray(np.asarray(block.mlp.router.kernel.get_value()).T)
             fused[f"{before}.experts.gate_up_proj"] = np.ascontiguousarray(np.concatenate([gate, up], axis=2).transpose(0, 2, 1))
             fused[f"{before}.experts.down_proj"] = np.ascontiguousarray(down.transpose(0, 2, 1))

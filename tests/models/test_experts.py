@@ -15,10 +15,11 @@ from sparse import EXPERTS, QWEN3_MOE, textbook_mixture
 import jgptq
 from jgptq.errors import CheckpointError
 from jgptq.models import ExpertLinear
-from jgptq.models.experts import PackedExperts, PerExpert, SparseMLP, stack_parts
 from jgptq.models.memory import to_device
+from jgptq.models.mixture.leaves import PackedExperts, PerExpert, stack_parts
+from jgptq.models.mixture.mlp import SparseMLP
+from jgptq.models.mixture.routing import arrange, collect, dispatch, everyone, grouped_product
 from jgptq.models.packed import PackedTensor
-from jgptq.models.routing import arrange, collect, dispatch, everyone, grouped_product
 
 
 def random_routing(tokens: int, experts: int, chosen: int, seed: int):
@@ -92,15 +93,6 @@ def test_a_mixture_is_the_textbooks(changes: dict):
     hidden = mlp.activate(mlp.experts.gate_proj(rows, routing)) * mlp.experts.up_proj(rows, routing)
     y = mlp.joined(mlp.experts.down_proj(hidden, routing), routing, jnp.zeros_like(h))
     np.testing.assert_allclose(y.reshape(-1, 64), textbook_mixture(np.asarray(h).reshape(-1, 64), kernels, switches), atol=2e-4)
-
-
-def test_a_bias_is_that_of_the_rows_expert():
-    *_, routing = random_routing(12, 3, 1, 0)
-    linear = ExpertLinear(3, 8, 4, use_bias=True, rngs=nnx.Rngs(0))
-    linear.bias.set_value(jnp.arange(12.0).reshape(3, 4))
-    y = linear(jnp.zeros((routing.source_p.shape[0], 8)), routing)
-    for block, expert in enumerate(np.asarray(routing.expert_c)):
-        np.testing.assert_array_equal(y[block * routing.block], np.arange(12.0).reshape(3, 4)[expert])
 
 
 def test_setting_one_expert_leaves_the_others():

@@ -13,7 +13,7 @@ import jgptq
 from converters import FolderSink, load_hf
 from jgptq.errors import ConfigError, NumericalError
 from jgptq.models import RESIDUAL, Decoder, single_linears
-from jgptq.models.experts import PackedExperts
+from jgptq.models.mixture.leaves import PackedExperts
 from jgptq.models.packed import PackedTensor
 from jgptq.run import expert_solve
 from jgptq.solver import solve

@@ -39,7 +39,15 @@ def test_the_settings_of_a_run_come_back_from_its_files(config: QuantizeConfig):
 
 def test_a_folder_of_another_writer_claims_nothing_that_only_this_one_does():
     settings = read_settings({"bits": 4, "group_size": 64, "meta": {"quantizer": ["gptqmodel:7.6.0"], "damp_percent": 0.05}})
-    assert settings == QuantizeConfig(group_size=64, damping=0.05, order="none", target_shift=0.0, residual_shift=0.0, starved_experts="rtn", min_tokens_per_feature=0.0)
+    assert settings == QuantizeConfig(
+        group_size=64,
+        damping=0.05,
+        order="none",
+        target_shift=0.0,
+        residual_shift=0.0,
+        starved_experts="rtn",
+        min_tokens_per_feature=0.0,
+    )
 
 
 def test_settings_that_cannot_be_are_refused_by_name():

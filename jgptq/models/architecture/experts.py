@@ -2,25 +2,20 @@
 
 import dataclasses
 
-SCORES = ("softmax", "softmax_of_chosen", "sigmoid")
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExpertsConfig:
     """A mixture of experts: each token goes to the few whose router scores are the largest.
 
-    With logits `l = h R` of a router R, the scores s are
-
-        softmax            softmax(l), the weights are those of the chosen
-        softmax_of_chosen  l, the weights are the softmax over the chosen
-        sigmoid            sigmoid(l), the weights are those of the chosen
+    With logits `l = h R` of a router R the scores are `softmax(l)` or `sigmoid(l)`, and those of the chosen experts are the
+    weights of their outputs.
     """
 
     num_experts: int  # E
     experts_per_token: int  # how many a token goes to
     width: int  # of the inner layer of one expert
     sparse_layers: tuple[bool, ...]  # per block: whether its MLP is a mixture
-    score: str = "softmax"  # one of `SCORES`
+    score: str = "softmax"  # of the router's logits: softmax or sigmoid
     normalized: bool = False  # the weights of a token are divided by their sum
     weight_scale: float = 1.0  # factor of all weights
     groups: int = 1  # experts are chosen from a few groups of neighbours; 1: from all

@@ -67,15 +67,12 @@ def choose(
     Returns:
       Experts int32 `[T, k]`, and weights float32 `[T, k]`.
     """
-    scores = {"softmax": jax.nn.softmax, "softmax_of_chosen": lambda x: x, "sigmoid": jax.nn.sigmoid}
-    score_te = scores[config.score](logits_te)
+    score_te = jax.nn.softmax(logits_te) if config.score == "softmax" else jax.nn.sigmoid(logits_te)
     compared_te = score_te if correction_e is None else score_te + correction_e[None]
     if config.groups > 1:
         compared_te = _of_best_groups(compared_te, config)
     _, expert_tk = jax.lax.top_k(compared_te, config.experts_per_token)
     weight_tk = jnp.take_along_axis(score_te, expert_tk, axis=-1)
-    if config.score == "softmax_of_chosen":
-        weight_tk = jax.nn.softmax(weight_tk)
     if config.normalized:
         weight_tk = weight_tk / jnp.sum(weight_tk, axis=-1, keepdims=True)
     return expert_tk, weight_tk * jnp.float32(config.weight_scale)
