@@ -17,8 +17,8 @@ def for_serving(params: Decoder) -> Decoder:
     """Converts every packed kernel of 4 and 8 bits to the runtime layout, once; other leaves are moved to the device.
 
     The result computes what `params` does, on a GPU with kernels that read packed codes. Linears that readers fuse
-    (`Stage.fusions`) become one where they agree in width, groups, grid and order of rows, as in all that jgptq makes. The linears
-    of experts stay packed as in files, and are expanded when they are used. Files do not hold the result: save `params`.
+    (`Stage.fusions`) become one where they agree in width, groups, grid and order of rows, as in all that jgptq makes. The
+    linears of experts stay packed as in files, and are expanded when they are used. Files do not hold the result: save `params`.
 
     Args:
       params: a quantized decoder.

@@ -2,10 +2,16 @@
 
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import tiny
 
-from jgptq.models import ExpertsConfig
+from jgptq.models import RESIDUAL, Block, Decoder, ExpertsConfig
+from jgptq.models.mixture.leaves import PackedExperts
+from jgptq.settings.run import QuantizeConfig
+from jgptq.solver import solve
+
+OPENING = ("mlp.experts.gate_proj", "mlp.experts.up_proj")
 
 EXPERTS = ExpertsConfig(num_experts=4, experts_per_token=2, width=64, sparse_layers=(True, True), normalized=True)
 QWEN3_MOE: dict[str, Any] = {"model_type": "qwen3_moe", "qk_norm": "head", "experts": EXPERTS}
@@ -62,3 +68,52 @@ def textbook_mixture(h_td: np.ndarray, kernels: dict[str, np.ndarray], config: E
             gate, up = h @ wide["gate"][expert], h @ wide["up"][expert]
             out[token] += weight * ((gate / (1 + np.exp(-gate)) * up) @ wide["down"][expert])
     return out
+
+
+def kernels(block: Block, path: str) -> np.ndarray:
+    """The float32 kernels `[E, K, N]` of a stack."""
+    kernel = block.linears()[path].kernel.get_value()
+    return np.asarray(kernel.dequantize() if isinstance(kernel, PackedExperts) else kernel, np.float32)
+
+
+def expert_inputs(
+    params: Decoder, quantized: Decoder, calib: np.ndarray, index: int, everyone: bool
+) -> dict[str, list[np.ndarray]]:
+    """What the linears of each expert of a block read, `[T, K]`, by hand: the blocks before it are quantized, and so is all of
+    the block that comes before. With `everyone`, as if all tokens were routed to each."""
+    residual = params.embed(jnp.asarray(calib))
+    for block in list(quantized.layers)[:index]:
+        residual = block(residual)
+    block = quantized.layers[index]
+    carry = {RESIDUAL: residual}
+    for stage in block.stages():
+        if stage.routing is not None:
+            break
+        carry = block.run(stage, carry)
+    h_td = np.asarray(block.mlp_norm(carry[RESIDUAL]), np.float32).reshape(-1, 64)
+    chosen_tk = chosen_experts(h_td, np.asarray(block.mlp.router.kernel.get_value()), params.config.experts.experts_per_token)
+    gate, up = (kernels(block, path) for path in OPENING)
+    read: dict[str, list[np.ndarray]] = {"open": [], "close": []}
+    for expert in range(params.config.experts.num_experts):
+        mine_tk = h_td if everyone else h_td[(chosen_tk == expert).any(axis=1)]
+        opened = mine_tk @ gate[expert]
+        read["open"].append(mine_tk)
+        read["close"].append(opened / (1 + np.exp(-opened)) * (mine_tk @ up[expert]))
+    return read
+
+
+def hessian_of(h_tk: np.ndarray) -> np.ndarray:
+    return 2 / max(len(h_tk), 1) * h_tk.T.astype(np.float64) @ h_tk.astype(np.float64)
+
+
+def share_of_other_codes(
+    params: Decoder, quantized: Decoder, index: int, path: str, hessians: list[np.ndarray], config: QuantizeConfig
+) -> list[float]:
+    """How many weights of each expert differ from those that the ordinary solver finds on a Hessian."""
+    solved = kernels(quantized.layers[index], path)
+    original = kernels(params.layers[index], path)
+    parts = []
+    for expert, h_kk in enumerate(hessians):
+        expected = solve(jnp.asarray(original[expert]), jnp.asarray(h_kk, jnp.float32), config).dequantize()
+        parts.append(float(np.mean(np.abs(solved[expert] - np.asarray(expected)) > 1e-5)))
+    return parts
