@@ -67,7 +67,7 @@ def quantize(
       The quantized decoder, which shares its other leaves with `params`, and a report with a row per linear.
 
     Raises:
-      ConfigError: a setting that is unknown or does not fit the model.
+      ConfigError: a setting that is unknown or does not fit the model, or a mesh for a model with experts.
       CalibrationError: tokens that are missing, empty, or outside the vocabulary.
       NumericalError: NaN or infinity in weights or activations, or a Hessian that cannot be factored; names the layer.
     """
@@ -75,6 +75,8 @@ def quantize(
         raise ConfigError("the decoder is quantized already; start from the float checkpoint")
     if config is not None and settings:
         raise ConfigError(f"give config, or the settings {', '.join(settings)}, and not both")
+    if params.config.experts is not None and placement is not ONE_DEVICE:
+        raise ConfigError("a model with experts is solved on one device: leave placement out; a mesh divides dense models alone")
     config = make_config(settings) if config is None else config
     run = plan_run(params, config)
     for sentence in run.idle_rules:

@@ -14,6 +14,7 @@ import jgptq
 from converters import FolderSink, load_hf
 from jgptq.errors import ConfigError, NumericalError
 from jgptq.run import expert_solve
+from jgptq.solver.mesh import OnMesh, make_mesh
 
 SETTINGS = {"bits": 3, "group_size": 32}
 CONFIG = jgptq.QuantizeConfig(**SETTINGS)
@@ -113,3 +114,9 @@ def test_a_resumed_run_writes_what_an_uninterrupted_one_does(tmp_path: Path, tun
     tokens = jnp.asarray(tiny.tokens(2))
     np.testing.assert_allclose(loaded(tokens), quantized(tokens), atol=1e-5)
     assert dataclasses.replace(loaded.quantization, allow_rtn_fallback=False) == settings
+
+
+def test_a_mesh_is_refused():
+    mesh = OnMesh(make_mesh(data=1, model=1))
+    with pytest.raises(ConfigError, match="a model with experts is solved on one device"):
+        jgptq.quantize(tiny.decoder(**sparse.QWEN3_MOE), tiny.tokens(), placement=mesh)
