@@ -11,6 +11,7 @@
 
 In mixtures of experts, P are rows that are sorted by expert, C the blocks of B that they fill. In latent attention, R is the width
 of the vector that keys and values come from.
+
 In `jgptq/models/attention.py`, C are the queries of one chunk and M the keys that they may attend to. Elsewhere M is the number
 of rows of x in a product, or the out-features of a second linear.
 
