@@ -6,7 +6,7 @@ from typing import Any
 from jgptq.errors import ArchitectureError, CheckpointError
 from jgptq.models.architecture.config import ACTIVATIONS, DTYPES, LearnedPositions, ModelConfig, Positions
 from jgptq.models.architecture.families import SWITCHES, family_of
-from jgptq.models.architecture.hf_experts import experts_from_hf, experts_to_hf, mixture_keys
+from jgptq.models.architecture.hf_experts import experts_from_hf, experts_to_hf, mixture_keys, with_known_names
 from jgptq.models.architecture.latent import LatentConfig
 from jgptq.models.architecture.row import REQUIRED, Family, Window
 from jgptq.models.rotary import RopeConfig
@@ -30,6 +30,7 @@ def config_from_hf(hf: Mapping[str, Any], dtype: str = "auto") -> ModelConfig:
     """
     model_type = str(hf.get("model_type"))
     family = family_of(model_type)
+    hf = with_known_names(hf, family)
     keys = (*family.keys.values(), *mixture_keys(family), *(family.latent or {}).values())
     missing = [key.name for key in keys if key.default is REQUIRED and hf.get(key.name) is None]
     if missing:
@@ -37,6 +38,8 @@ def config_from_hf(hf: Mapping[str, Any], dtype: str = "auto") -> ModelConfig:
     _refuse_switches(hf, family)
     fields = {switch: key.read(hf.get(key.name, key.default)) for switch, key in family.keys.items()} | dict(family.fixed)
     heads, width = fields["num_attention_heads"], fields["hidden_size"]
+    if family.latent is not None:  # every head has keys and values of its own, whatever the file says
+        fields["num_key_value_heads"] = heads
     fields["num_key_value_heads"] = kv_heads = (
         heads if fields.get("num_key_value_heads") is None else fields["num_key_value_heads"]
     )
@@ -105,7 +108,8 @@ def _positions(hf: Mapping[str, Any], family: Family, head_dim: int) -> Position
     if family.positions == "learned":
         most = hf.get("max_position_embeddings", family.max_positions)
         return LearnedPositions(max_position_embeddings=most, offset=family.position_offset)
-    return RopeConfig.from_hf({"max_position_embeddings": family.max_positions, **hf}, head_dim, family.partial_rotary)
+    silent = {"max_position_embeddings": family.max_positions, "rope_theta": family.rope_theta}
+    return RopeConfig.from_hf({**silent, **hf}, head_dim, family.partial_rotary)
 
 
 def _layer_windows(hf: Mapping[str, Any], known: Window | None) -> tuple[int | None, ...]:

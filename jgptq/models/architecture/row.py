@@ -49,6 +49,8 @@ class Mixture:
 
     keys: Mapping[str, Key]  # switch of `ExpertsConfig` -> where it stands in the file
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # switches that all models of the family share
+    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)  # other names of keys -> the names in `keys`
+    first_dense: int = 0  # of blocks "after_first": how many are dense where the file is silent
     blocks: str = "all"  # which blocks have it, see `jgptq.models.architecture.hf_experts.sparse_layers`
 
 
@@ -61,6 +63,7 @@ class Family:
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # switches that all models of the family share
     positions: str = "rotary"  # rotary or learned
     max_positions: int = 2048  # of `max_position_embeddings`, where the file is silent
+    rope_theta: float = 10000.0  # base wavelength of rotary positions, where the file is silent
     position_offset: int = 0  # of learned positions: the row of the table that belongs to position 0
     partial_rotary: float | None = None  # part of a head that is rotated, where the file is silent; None: all of it, always
     latent: Mapping[str, Key] | None = None  # switch of `LatentConfig` -> where it stands in the file; None: it has none

@@ -5,22 +5,13 @@ from collections.abc import Mapping
 from jgptq.models.architecture.row import Family, Key, Mixture, Window
 from jgptq.models.architecture.rows.common import ATTENTION_BIAS, COMMON, LLAMA_NORMS
 
-ROUTED = {"num_experts": Key("num_experts"), "experts_per_token": Key("num_experts_per_tok")}
-QWEN = ROUTED | {"width": Key("moe_intermediate_size"), "normalized": Key("norm_topk_prob", False)}
+NORMALIZED = {"normalized": Key("norm_topk_prob", False)}
 ROUTER = {"mlp.router": "mlp.gate"}
-DEEPSEEK = {
-    "num_experts": Key("n_routed_experts"),
-    "experts_per_token": Key("num_experts_per_tok"),
-    "width": Key("moe_intermediate_size"),
-    "shared_experts": Key("n_shared_experts", 0),
-    "groups": Key("n_group", 1),
-    "kept_groups": Key("topk_group", 1),
-}
 LATENT = {
-    "query_rank": Key("q_lora_rank", None),
-    "kv_rank": Key("kv_lora_rank"),
-    "plain": Key("qk_nope_head_dim"),
-    "value": Key("v_head_dim"),
+    "query_rank": Key("q_lora_rank", 1536),
+    "kv_rank": Key("kv_lora_rank", 512),
+    "plain": Key("qk_nope_head_dim", 128),
+    "value": Key("v_head_dim", 128),
 }
 SHARED_EXPERTS = {f"mlp.shared_expert.{name}_proj": f"mlp.shared_experts.{name}_proj" for name in ("gate", "up", "down")}
 
@@ -30,13 +21,23 @@ ROWS: Mapping[str, Family] = {
         keys=COMMON | ATTENTION_BIAS | {"num_key_value_heads": Key("num_key_value_heads", 4)},
         fixed={"qk_norm": "head"},
         max_positions=32768,
-        experts=Mixture(keys=QWEN, blocks="stepped"),
+        experts=Mixture(
+            keys=NORMALIZED
+            | {
+                "num_experts": Key("num_experts", 128),
+                "experts_per_token": Key("num_experts_per_tok", 8),
+                "width": Key("moe_intermediate_size", 768),
+            },
+            aliases={"num_local_experts": "num_experts"},
+            blocks="stepped",
+        ),
         window=Window(default=4096, blocks="opt_in_all"),
         modules=LLAMA_NORMS | ROUTER,
     ),
     # arXiv 2401.04088. Files call the three linears of an expert w1, w3 and w2.
     "mixtral": Family(
         hf_class="MixtralForCausalLM",
+        rope_theta=1e6,
         keys=COMMON | {"num_key_value_heads": Key("num_key_value_heads", 8), "norm_eps": Key("rms_norm_eps", 1e-5)},
         max_positions=131072,
         experts=Mixture(
@@ -78,7 +79,13 @@ ROWS: Mapping[str, Family] = {
         keys=COMMON | {"num_key_value_heads": Key("num_key_value_heads", 16), "qkv_bias": Key("qkv_bias", True)},
         max_positions=32768,
         experts=Mixture(
-            keys=QWEN | {"shared_width": Key("shared_expert_intermediate_size")},
+            keys=NORMALIZED
+            | {
+                "num_experts": Key("num_experts", 60),
+                "experts_per_token": Key("num_experts_per_tok", 4),
+                "width": Key("moe_intermediate_size", 1408),
+                "shared_width": Key("shared_expert_intermediate_size", 5632),
+            },
             fixed={"shared_gate": True},
             blocks="stepped",
         ),
@@ -88,10 +95,15 @@ ROWS: Mapping[str, Family] = {
     # arXiv 2405.04434.
     "deepseek_v2": Family(
         hf_class="DeepseekV2ForCausalLM",
-        keys=COMMON | ATTENTION_BIAS | {"mlp_bias": Key("mlp_bias", False), "head_dim": Key("qk_rope_head_dim")},
+        keys=COMMON | ATTENTION_BIAS | {"mlp_bias": Key("mlp_bias", False), "head_dim": Key("qk_rope_head_dim", 64)},
         experts=Mixture(
-            keys=DEEPSEEK
-            | {
+            keys={
+                "num_experts": Key("n_routed_experts", 64),
+                "experts_per_token": Key("num_experts_per_tok"),
+                "width": Key("moe_intermediate_size", 1407),
+                "shared_experts": Key("n_shared_experts", 2),
+                "groups": Key("n_group", 1),
+                "kept_groups": Key("topk_group", 1),
                 "weight_scale": Key("routed_scaling_factor", 1.0),
                 "grouped": Key("topk_method", "greedy", {"greedy": False, "group_limited_greedy": True}),
             },
@@ -103,10 +115,20 @@ ROWS: Mapping[str, Family] = {
     # arXiv 2412.19437.
     "deepseek_v3": Family(
         hf_class="DeepseekV3ForCausalLM",
-        keys=COMMON | ATTENTION_BIAS | {"head_dim": Key("qk_rope_head_dim")},
+        keys=COMMON | ATTENTION_BIAS | {"head_dim": Key("qk_rope_head_dim", 64)},
         max_positions=4096,
         experts=Mixture(
-            keys=DEEPSEEK | {"weight_scale": Key("routed_scaling_factor", 2.5), "normalized": Key("norm_topk_prob", True)},
+            keys={
+                "num_experts": Key("n_routed_experts", 256),
+                "experts_per_token": Key("num_experts_per_tok", 8),
+                "width": Key("moe_intermediate_size", 2048),
+                "shared_experts": Key("n_shared_experts", 1),
+                "groups": Key("n_group", 8),
+                "kept_groups": Key("topk_group", 4),
+                "weight_scale": Key("routed_scaling_factor", 2.5),
+                "normalized": Key("norm_topk_prob", True),
+            },
+            first_dense=3,
             fixed={"score": "sigmoid", "corrected": True, "group_best": 2},
             blocks="after_first",
         ),
