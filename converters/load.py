@@ -11,8 +11,9 @@ from flax import nnx
 
 from converters.checkpoint import Checkpoint, open_checkpoint
 from converters.contradictions import check_depth, refuse, unexpected
+from converters.expert_names import with_single_experts
 from converters.formats import Reader, reader_of
-from converters.names import NameRule, leaves, named_as_here, stored_rule, unit_leaves
+from converters.names import Holder, NameRule, leaves, named_as_here, stored_rule, unit_leaves
 from converters.orbax import load_orbax_folder
 from converters.output.folders import ORBAX
 from converters.parted import with_gate_and_up_joined
@@ -54,7 +55,7 @@ def load_hf(source: str | Path, dtype: str = "auto", revision: str | None = None
         quantization = {"quant_method": "gptq"} | read_json(folder / "quantize_config.json")
         typed.refuse(typed.problems(quantization, typed.QUANTIZATION, typed.QUANTIZATION), "quantize_config.json")
     reader = None if quantization is None else reader_of(quantization)
-    checkpoint = named_as_here(open_checkpoint(folder), config.model_type)
+    checkpoint = with_single_experts(named_as_here(open_checkpoint(folder), config.model_type), config)
     if reader is not None and config.gate_up_fused:
         checkpoint = with_gate_and_up_joined(checkpoint)
     check_depth(checkpoint, config)
@@ -94,7 +95,7 @@ def load_unit(index: int, unit: Unit, checkpoint: Checkpoint, reader: Reader) ->
 
 
 def _fill(
-    targets: Iterable[tuple[str, nnx.Module, str]],
+    targets: Iterable[tuple[str, Holder, str]],
     checkpoint: Checkpoint,
     config: ModelConfig,
     reader: Reader | None,

@@ -7,7 +7,10 @@ from collections.abc import Iterator
 from flax import nnx
 
 from converters.checkpoint import Checkpoint
-from jgptq.models import FAMILIES, Decoder, Head, Unit
+from jgptq.models import FAMILIES, Decoder, Expert, ExpertLinear, Head, Unit, single_linears
+
+Holder = nnx.Module | Expert
+"""What has a leaf as an attribute."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +25,7 @@ LEAVES = {
     "kernel": NameRule("weight", transposed=True),
     "bias": NameRule("bias", transposed=False),
     "scale": NameRule("weight", transposed=False),
+    "e_score_correction_bias": NameRule("e_score_correction_bias", transposed=False),
     "embedding": NameRule("weight", transposed=False),
 }
 """Last part of a leaf's path -> how most families store it."""
@@ -44,19 +48,23 @@ def stored_rule(path: str, attribute: str, model_type: str) -> NameRule:
     return rule
 
 
-def leaves(decoder: Decoder) -> Iterator[tuple[str, nnx.Module, str]]:
+def leaves(decoder: Decoder) -> Iterator[tuple[str, Holder, str]]:
     """Every leaf of a decoder in the order of the forward pass, as (path of its module, module, attribute)."""
     blocks = {f"layers.{index}": block for index, block in enumerate(decoder.layers)}
     for path, part in (decoder.before() | blocks | decoder.after()).items():
         yield from _walk(path, part)
 
 
-def unit_leaves(index: int, unit: Unit) -> Iterator[tuple[str, nnx.Module, str]]:
+def unit_leaves(index: int, unit: Unit) -> Iterator[tuple[str, Holder, str]]:
     """The leaves of one block, or of the head's projection, with the paths that they have in the decoder."""
     return _walk("lm_head", unit.lm_head) if isinstance(unit, Head) else _walk(f"layers.{index}", unit)
 
 
-def _walk(path: str, module: nnx.Module) -> Iterator[tuple[str, nnx.Module, str]]:
+def _walk(path: str, module: nnx.Module) -> Iterator[tuple[str, Holder, str]]:
+    if isinstance(module, ExpertLinear):  # files hold the linears of the experts one by one
+        for single, expert in single_linears(path, module):
+            yield from ((single, expert, name) for name, value in vars(module).items() if isinstance(value, nnx.Param))
+        return
     for attribute, value in vars(module).items():
         if isinstance(value, nnx.Param):
             yield path, module, attribute

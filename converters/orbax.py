@@ -1,8 +1,9 @@
 """Orbax checkpoints: of a decoder trained in JAX, and as a format of this project's own.
 
 The tree is that of `flax.nnx.to_pure_dict(nnx.state(decoder))`: nested dicts along the decoder's paths. A packed kernel is a dict
-of its parts `qweight`, `scales`, `zeros` and `group_index`, those that it has. A folder of format `orbax` holds the tree under
-`orbax/`, and next to it config.json, whose `quantization_config` has bits and group size of each packed kernel.
+of its parts `qweight`, `scales`, `zeros` and `group_index`, those that it has. Kernels of experts are written one by
+one, and read so or as the stacks `[E, K, N]` that the decoder has. A folder of format `orbax` holds the tree under `orbax/`, and
+next to it config.json, whose `quantization_config` has bits and group size of each packed kernel.
 """
 
 import json
@@ -22,7 +23,7 @@ from converters.output.describe import config_json, copy_companions, kernels_of,
 from converters.output.folders import ORBAX, PartialFolder
 from converters.reading.json_file import read_json
 from jgptq.errors import CheckpointError, OutputError
-from jgptq.models import Decoder, ModelConfig, Origin, config_from_hf
+from jgptq.models import Decoder, ExpertLinear, ModelConfig, Origin, config_from_hf, single_linears
 from jgptq.models.packed import PackedTensor, validate
 from jgptq.run.report import Report
 
@@ -172,12 +173,25 @@ def _dotted(keys: tuple[Any, ...]) -> str:
     return ".".join(part for part in parts if part != "value")
 
 
+def _with_single_experts(arrays: dict[str, np.ndarray], decoder: Decoder) -> dict[str, np.ndarray]:
+    """The arrays with every stack `[E, K, N]` replaced by the kernel of each expert."""
+    single = dict(arrays)
+    for index, block in enumerate(decoder.layers):
+        for path, linear in block.linears().items():
+            name = f"layers.{index}.{path}.kernel"
+            if isinstance(linear, ExpertLinear) and name in arrays and len(arrays[name]) == linear.experts:
+                names = [f"layers.{index}.{one}.kernel" for one, _ in single_linears(path, linear)]
+                single |= dict(zip(names, single.pop(name), strict=True))
+    return single
+
+
 def _decoder_of(
     path: Path, arrays: dict[str, np.ndarray], config: ModelConfig, kernels: Mapping[str, Mapping[str, int]]
 ) -> Decoder:
     """A decoder with these leaves; all problems in one error."""
     decoder = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
     problems: list[str] = []
+    arrays = _with_single_experts(arrays, decoder)
     for where, module, attribute in leaves(decoder):
         shape, name = tuple(getattr(module, attribute).get_value().shape), f"{where}.{attribute}"
         parts = {part: arrays.pop(f"{name}.{part}") for part in PARTS if f"{name}.{part}" in arrays}

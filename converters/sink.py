@@ -9,14 +9,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
-from flax import nnx
 from safetensors.numpy import save
 
 from converters.checkpoint import Checkpoint
 from converters.formats import FORMATS, Layout, Reader, Writer, Written, check_format, reader_of
 from converters.formats.settings import HEAD
 from converters.load import load_unit
-from converters.names import leaves, unit_leaves
+from converters.names import Holder, leaves, unit_leaves
 from converters.output.describe import write_description
 from converters.output.encode import Encoding
 from converters.output.folders import JOURNAL, partial_folder, refuse_existing
@@ -24,7 +23,7 @@ from converters.output.shards import ShardWriter, TensorSpec, parse_size
 from converters.reading.entry import TensorEntry
 from converters.reading.safetensors_header import read_header
 from jgptq.errors import ConfigError, OutputError
-from jgptq.models import Decoder, Unit, checkpoint_name
+from jgptq.models import Decoder, Unit, checkpoint_name, single_linears
 from jgptq.run.plan import settings_by_path, unit_prefix, units
 from jgptq.run.report import LinearReport, Report, row_to_dict
 from jgptq.settings.run import QuantizeConfig
@@ -166,7 +165,7 @@ class FolderSink:
         (folder / JOURNAL).unlink()
         return folder
 
-    def _encoded(self, parts: Iterable[tuple[str, nnx.Module, str]]) -> Iterator[tuple[str, str, np.ndarray]]:
+    def _encoded(self, parts: Iterable[tuple[str, Holder, str]]) -> Iterator[tuple[str, str, np.ndarray]]:
         """The tensors of leaves, as (path of the module, name, array)."""
         for path, module, attribute in parts:
             leaf = getattr(module, attribute).get_value()
@@ -194,7 +193,8 @@ class FolderSink:
         if not self._config.tune:
             return set()
         scales = self._encoding.writer.scales
-        names = [(path, scales) for path in unit.linears()] + [(path, "weight") for path in unit.norms()]
+        single = [path for stack, linear in unit.linears().items() for path, _ in single_linears(stack, linear)]
+        names = [(path, scales) for path in single] + [(path, "weight") for path in unit.norms()]
         prefix, architecture = unit_prefix(unit, index), self._params.config.model_type
         return {f"{checkpoint_name(prefix + path, architecture)}.{part}" for path, part in names}
 

@@ -7,6 +7,10 @@
     H  query heads                                         J  key-value heads
     F  features of one head                                g  query heads that share a key-value head
     L  decoder blocks                                      E  experts, or other problems solved at once
+    k  experts that a token goes to
+
+In mixtures of experts, P are rows that are sorted by expert, C the blocks of B that they fill. In latent attention, R is the
+width of the vector that keys and values come from.
 
 In `jgptq/models/attention.py`, C are the queries of one chunk and M the keys that they may attend to. Elsewhere M is the number
 of rows of x in a product, or the out-features of a second linear.

@@ -204,10 +204,13 @@ def _named(written: Written) -> dict[Scheme, list[str]]:
 
 
 def _ignored(written: Written) -> list[str]:
-    """The names of all linears that are float: the head, also a tied one, and projections around the blocks."""
+    """The names of all linears that are float: routers, the head, also a tied one, and projections around the blocks."""
     model = written.model
     paths = [path for path, settings in written.linears.items() if settings is None and path != HEAD]
     paths += ["project_in", "project_out"] if model.projects else []
+    if model.experts is not None:
+        routers = ("router", "shared_expert_gate") if model.experts.shared_gate else ("router",)
+        paths += [f"layers.{i}.mlp.{part}" for i, sparse in enumerate(model.sparse_layers) if sparse for part in routers]
     names = [checkpoint_name(path, model.model_type) for path in paths]
     return names if written.linears.get(HEAD) is not None else [*names, HEAD]
 

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from jgptq.errors import CheckpointError, ConfigError
 from jgptq.models import ModelConfig, checkpoint_name
+from jgptq.models.mixture.stages import EXPERTS, sparse_stages
 from jgptq.models.stages import block_stages
 from jgptq.settings.options import SAME_AS_HERE, options
 from jgptq.settings.rules import rules_from_dynamic, rules_to_dynamic
@@ -99,15 +100,18 @@ def patterns(
       model: the decoder's switches.
       key: what linears of one regex have in common, from path and settings.
     """
-    where: dict[tuple[str, Key], list[int]] = {}
+    where: dict[tuple[str, Key], dict[int, None]] = {}
     for path, settings in linears.items():
         if path != HEAD:
             _, index, kind = path.split(".", 2)
-            where.setdefault((kind, key(path, settings)), []).append(int(index))
-    fused = {path: fusion.name for stage in block_stages(model) for fusion in stage.fusions for path in fusion.linears}
+            where.setdefault((_of_any_expert(kind), key(path, settings)), {})[int(index)] = None
+    stages = block_stages(model) if model.experts is None else (*block_stages(model), *sparse_stages(model))
+    fused = {path: fusion.name for stage in stages for fusion in stage.fusions for path in fusion.linears}
+    experts = [_of_any_expert(f"mlp.experts.0.{path.rpartition('.')[2]}") for path in EXPERTS]
     for (kind, common), indices in where.items():
         # Readers that fuse linears ask for the fused name: a regex must match that as well.
-        before, names = _stored_names(dict.fromkeys((kind, fused.get(kind, kind))), model)
+        one = kind in experts and all(where.get((other, common)) == indices for other in experts)
+        before, names = _stored_names(dict.fromkeys((kind, "mlp.experts" if one else fused.get(kind, kind))), model)
         which = r"\d+" if len(indices) == model.num_hidden_layers else f"(?:{'|'.join(map(str, sorted(indices)))})"
         yield rf"^{before}\.{which}\.(?:{names})$", common
 
@@ -115,4 +119,13 @@ def patterns(
 def _stored_names(kinds: Iterable[str], model: ModelConfig) -> tuple[str, str]:
     """What names in the checkpoint begin with up to the number of the block, and the alternatives after it, as regexes."""
     names = [checkpoint_name(f"layers.0.{kind}", model.model_type).partition(".0.") for kind in kinds]
-    return re.escape(names[0][0]), "|".join(re.escape(within) for _, _, within in names)
+    return re.escape(names[0][0]), "|".join(re.escape(within).replace(rf"\.{_ANY}\.", r"\.\d+\.") for _, _, within in names)
+
+
+_ANY = "1000000"
+"""In a path, the number of any expert."""
+
+
+def _of_any_expert(kind: str) -> str:
+    """The path within a block of a linear; of the same linear of all experts, which have the same settings, one."""
+    return re.sub(r"^mlp\.experts\.\d+\.", f"mlp.experts.{_ANY}.", kind)

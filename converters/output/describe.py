@@ -14,7 +14,7 @@ from converters.formats import Layout, Writer, Written
 from converters.names import stored_rule
 from converters.output.card import CARD, base_model, model_card
 from converters.output.folders import PartialFolder
-from jgptq.models import Decoder, checkpoint_name, config_to_hf
+from jgptq.models import Decoder, checkpoint_name, config_to_hf, single_linears
 from jgptq.models.packed import PackedTensor
 from jgptq.run.report import Report
 from jgptq.settings.rules import resolve
@@ -39,8 +39,9 @@ REPORT = "quantize_report.json"
 def kernels_of(params: Decoder) -> Iterator[tuple[str, Any]]:
     """Paths of the linears of all blocks, and of the head, with their kernels."""
     for index, block in enumerate(params.layers):
-        for name, linear in block.linears().items():
-            yield f"layers.{index}.{name}", linear.kernel.get_value()
+        for path, linear in block.linears().items():
+            for name, single in single_linears(path, linear):
+                yield f"layers.{index}.{name}", single.kernel.get_value()
     if params.lm_head is not None:
         yield "lm_head", params.lm_head.kernel.get_value()
 

@@ -26,7 +26,7 @@ class Scoring:
 def causal_attention(
     q: Float[jax.Array, "b S H F"],
     k: Float[jax.Array, "b S J F"],
-    v: Float[jax.Array, "b S J F"],
+    v: Float[jax.Array, "b S J M"],
     scoring: Scoring,
     bias: Float[np.ndarray, "H S"] | None = None,
 ) -> Float[jax.Array, "b S H F"]:
@@ -39,12 +39,12 @@ def causal_attention(
     Args:
       q: queries `[b, S, H, F]`.
       k: keys `[b, S, J, F]`.
-      v: values `[b, S, J, F]`.
+      v: values `[b, S, J, M]`; as wide as keys, or not.
       scoring: scale, bound and window of the scores.
       bias: what is added to the scores of a key, `[H, S]`, as `alibi_bias` makes it.
 
     Returns:
-      The heads' outputs `[b, S, H, F]`, in the dtype of `v`.
+      The heads' outputs `[b, S, H, M]`, in the dtype of `v`.
     """
     return jax.lax.map(lambda row: _one_sample(row[0], row[1], row[2], scoring, bias), (q, k, v))
 
@@ -90,7 +90,7 @@ def _one_sample(
     mixed = jax.lax.map(
         lambda head: _one_head(head[0], head[1], head[2], head[3], scoring), (q_heads, k_heads, v_heads, shared_bias)
     )
-    return mixed.transpose(2, 0, 1, 3).reshape(q.shape)
+    return mixed.transpose(2, 0, 1, 3).reshape(length, heads, v.shape[-1])
 
 
 def _one_head(
@@ -132,4 +132,4 @@ def _chunk(
     # Every query sees itself, so that its largest score is finite.
     weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
     mixed = jnp.matmul(weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    return (mixed / jnp.sum(weights, axis=-1, keepdims=True)).astype(v.dtype).reshape(q.shape)
+    return (mixed / jnp.sum(weights, axis=-1, keepdims=True)).astype(v.dtype).reshape(*q.shape[:2], -1)

@@ -1,10 +1,12 @@
 """Copies of modules: with the same leaves, or with leaves moved to a device without keeping pages of mapped files in memory."""
 
 import mmap
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
+
+from jgptq.models.mixture.leaves import PerExpert, stack_parts
 
 Tree = TypeVar("Tree")
 
@@ -15,8 +17,15 @@ def copy_module(module: Tree) -> Tree:
 
 
 def abstract(tree: Tree) -> Tree:
-    """A tree of the same structure that holds shapes and dtypes in place of arrays."""
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+    """What `to_device` gives, with shapes and dtypes in place of arrays."""
+
+    def shape_of(leaf: Any) -> Any:
+        if isinstance(leaf, PerExpert):
+            one = leaf.parts[0]  # float ones alone are asked for: packed experts are not quantized again
+            return jax.ShapeDtypeStruct((len(leaf.parts), *one.shape), one.dtype)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+
+    return jax.tree.map(shape_of, tree, is_leaf=_lies_apart)
 
 
 def to_device(tree: Tree) -> Tree:
@@ -28,10 +37,20 @@ def to_device(tree: Tree) -> Tree:
     Returns:
       The same tree with device arrays.
     """
-    return jax.tree.map(_leaf_to_device, tree)
+    return jax.tree.map(_leaf_to_device, tree, is_leaf=_lies_apart)
 
 
-def _leaf_to_device(leaf: jax.Array | np.ndarray) -> jax.Array:
+def _lies_apart(leaf: Any) -> bool:
+    return isinstance(leaf, PerExpert)
+
+
+def _leaf_to_device(leaf: Any) -> Any:
+    if isinstance(leaf, PerExpert):
+        stacked = jax.device_put(stack_parts(leaf))
+        for view in jax.tree.leaves(leaf):
+            if isinstance(view, np.memmap):
+                release(view)
+        return stacked
     if not isinstance(leaf, np.memmap):
         return jax.device_put(leaf)
     # jax may use an aligned host buffer without a copy; a mapped file must be copied, because its pages are released next.

@@ -35,6 +35,10 @@ class PackedTensor:
     group_size: int = dataclasses.field(metadata={"static": True})  # rows in a group, or -1 for all
     shape: tuple[int, int] = dataclasses.field(metadata={"static": True})  # (K, N)
 
+    def with_scales(self, scales: Array) -> "PackedTensor":
+        """The same codes on other scales."""
+        return dataclasses.replace(self, scales=scales)
+
     @property
     def nbytes(self) -> int:
         """Bytes of all parts, on a device or in a file."""

@@ -105,6 +105,13 @@ class RopeConfig:
         """Features of a head that are rotated."""
         return _rotated(head_dim, self.partial_rotary_factor)
 
+    @property
+    def score_factor(self) -> float:
+        """What latent attention multiplies its scores by: the square of YaRN's factor for `mscale_all_dim`, one without it."""
+        if self.rope_type == "default" or not self.mscale_all_dim or _number(self.factor) <= 1:
+            return 1.0
+        return (0.1 * self.mscale_all_dim * math.log(_number(self.factor)) + 1.0) ** 2
+
     def to_hf(self) -> dict[str, Any]:
         """The `rope_parameters` object of a Hugging Face config that `from_hf` reads back."""
         items = dataclasses.asdict(self).items()

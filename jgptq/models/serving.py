@@ -17,8 +17,8 @@ def for_serving(params: Decoder) -> Decoder:
     """Converts every packed kernel of 4 and 8 bits to the runtime layout, once; other leaves are moved to the device.
 
     The result computes what `params` does, on a GPU with kernels that read packed codes. Linears that readers fuse
-    (`Stage.fusions`) become one where they agree in width, groups, grid and order of rows, as in all that jgptq makes. Files do
-    not hold the result: save `params`.
+    (`Stage.fusions`) become one where they agree in width, groups, grid and order of rows, as in all that jgptq makes. The
+    linears of experts stay packed as in files, and are expanded when they are used. Files do not hold the result: save `params`.
 
     Args:
       params: a quantized decoder.
@@ -34,7 +34,8 @@ def for_serving(params: Decoder) -> Decoder:
     decoder = copy_module(params)
     for unit in (*decoder.layers, *filter(None, [decoder.head()])):
         for linear in unit.linears().values():
-            _convert(linear)
+            if isinstance(linear, Linear):
+                _convert(linear)
         for fusion in (fusion for stage in unit.stages() for fusion in stage.fusions):
             _fuse(unit, fusion)
     return to_device(decoder)
@@ -48,7 +49,7 @@ def _convert(linear: Linear) -> None:
 
 def _fuse(unit: Unit, fusion: Fusion) -> None:
     """Puts one linear in the place of several, where their kernels can lie side by side."""
-    linears = [unit.linears()[path] for path in fusion.linears]
+    linears = [linear for path in fusion.linears if isinstance(linear := unit.linears()[path], Linear)]
     leaves = [linear.kernel.get_value() for linear in linears]
     kernels = [leaf.kernel for leaf in leaves if isinstance(leaf, RuntimeTensor)]
     biases = [linear.bias.get_value() for linear in linears if linear.bias is not None]

@@ -7,6 +7,8 @@ the residual stream). A stage holds no arrays and no functions, so it is hashabl
 
 import dataclasses
 import functools
+from collections.abc import Mapping
+from typing import Any
 
 from jgptq.models.architecture.config import ModelConfig
 
@@ -36,6 +38,8 @@ class Step:
     of: tuple[str, ...]  # the linears whose outputs it takes
     to: str  # the branch that it writes
     norm: str | None = None  # dotted path of a norm within the unit that the function applies
+    takes: tuple[str, ...] = ()  # branches that it takes besides the one that it writes
+    decides: bool = False  # whether it chooses: the float model then follows the choice of the quantized one
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,11 +47,14 @@ class Stage:
     """Linears that read the same activations, so that they share one Hessian.
 
     With h the branch `reads`, passed `through` modules, the stage computes `linear(h)` for each of its linears, then its steps.
+    Linears that are stacked over experts take rows that are sorted by expert, and the routing that sorted them.
     """
 
     linears: tuple[str, ...]  # dotted paths within the unit
     reads: str  # the branch of the carry
     through: tuple[str, ...] = ()  # dotted paths of modules that the branch passes in this order before the linears read it
+    routing: str | None = None  # the branch that says which expert each row goes to; None: the linears are no stacks
+    gathers: bool = False  # whether the rows have yet to be gathered from tokens
     steps: tuple[Step, ...]  # what follows
     fusions: tuple[Fusion, ...] = ()  # which of the linears readers fuse
     absorber: str | None = None  # a norm or linear, in whose output features a scale of the stage's inputs can be absorbed
@@ -56,6 +63,16 @@ class Stage:
     def adds(self) -> bool:
         """Whether the output is added to the residual stream as it is; the stream may be normed after that."""
         return any(step.name == "add" and step.to == RESIDUAL for step in self.steps)
+
+    @property
+    def uses(self) -> frozenset[str]:
+        """The branches that it needs of the carry."""
+        routing = () if self.routing is None else (self.routing,)
+        return frozenset((self.reads, *routing, *(branch for step in self.steps for branch in step.takes)))
+
+    def decisions(self, carry: Mapping[str, Any]) -> dict[str, Any]:
+        """The branches of the carry after the stage that are choices, see `Step.decides`."""
+        return {step.to: carry[step.to] for step in self.steps if step.decides}
 
     @property
     def norms(self) -> tuple[str, ...]:

@@ -121,6 +121,11 @@ class MLP(nnx.Module):
         return _ACTIVATIONS[self.hidden_act](opening)
 
 
+def activation(name: str) -> Callable[[jax.Array], jax.Array]:
+    """An activation function by its name in configs."""
+    return _ACTIVATIONS[name]
+
+
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),

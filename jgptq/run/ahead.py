@@ -95,6 +95,7 @@ def unit_programs(
             )
             key = (shapes[0][0], columns, decision.config, decision.pulls)
             solves.setdefault(key, ([], programs))[0].append(number)
+        if decision.kept_float is None:
             for path in decision.names:
                 kernel = work.linears()[path].kernel
                 kernel.set_value(jax.ShapeDtypeStruct(kernel.get_value().shape, job.dtype))

@@ -10,7 +10,7 @@ import numpy as np
 
 from jgptq.data.tokens import check_tokens
 from jgptq.errors import CalibrationError, ConfigError
-from jgptq.models import RESIDUAL, Carry, Decoder, Stage, Unit
+from jgptq.models import RESIDUAL, Carry, Decoder, Linear, Stage, Unit
 from jgptq.models.memory import to_device
 from jgptq.notation import Array
 from jgptq.solver import Placement
@@ -174,7 +174,8 @@ def _accumulate(
 def _without_bias(unit: Unit, stage: Stage, outputs: Mapping[str, jax.Array]) -> jax.Array:
     """`h W` of a stage of one linear, float32."""
     (path,) = stage.linears
-    output, bias = outputs[path].astype(jnp.float32), unit.linears()[path].bias
+    linear, output = unit.linears()[path], outputs[path].astype(jnp.float32)
+    bias = linear.bias if isinstance(linear, Linear) else None
     return output if bias is None else output - jnp.asarray(bias.get_value(), jnp.float32)[None, None]
 
 
@@ -196,8 +197,8 @@ def _advance(
 ) -> tuple[Batch, StageSums | None]:
     this = work.stages()[stage]
     carry, through = work.run(this, batch.carry), batch.reference
-    if through is not None and not pulled:
-        through = reference.run(this, through)
+    if through is not None:
+        through = {**(through if pulled else reference.run(this, through)), **this.decisions(carry)}
     batch = Batch(carry, through)
     if total is None or wanted is None:
         return batch, None

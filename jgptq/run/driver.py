@@ -15,12 +15,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jgptq.errors import ConfigError, NumericalError, RuleWarning
-from jgptq.models import RESIDUAL, Block, Decoder, Head, Unit, checkpoint_name
+from jgptq.models import RESIDUAL, Block, Decoder, Head, Linear, Unit, checkpoint_name, single_linears
 from jgptq.models.memory import copy_module, to_device
+from jgptq.models.mixture.leaves import PackedExperts
 from jgptq.models.packed import PackedTensor
 from jgptq.notation import Array, Int
 from jgptq.run.ahead import Ahead, Program, compiled_ahead, unit_programs
 from jgptq.run.batches import Batch, Observation, advance, cut_batches, embed, observe
+from jgptq.run.experts.stage import Observed, solve_experts
 from jgptq.run.plan import RunPlan, StagePlan, plan_run, unit_prefix
 from jgptq.run.progress import Progress
 from jgptq.run.report import LinearReport, Report, ReportRows, TuningReport
@@ -66,13 +68,15 @@ def quantize(
       The quantized decoder, which shares its other leaves with `params`, and a report with a row per linear.
 
     Raises:
-      ConfigError: a setting that is unknown or does not fit the model.
+      ConfigError: a setting that is unknown or does not fit the model, or a mesh for a model with experts.
       CalibrationError: tokens that are missing, empty, or outside the vocabulary.
       NumericalError: NaN or infinity in weights or activations, or a Hessian that cannot be factored; names the layer.
     """
     refuse_quantized(params)
     if config is not None and settings:
         raise ConfigError(f"give config, or the settings {', '.join(settings)}, and not both")
+    if params.config.experts is not None and placement is not ONE_DEVICE:
+        raise ConfigError("a model with experts is solved on one device: leave placement out; a mesh divides dense models alone")
     config = make_config(settings) if config is None else config
     run = plan_run(params, config)
     for sentence in run.idle_rules:
@@ -138,9 +142,11 @@ def _tuned(
     quantized: Decoder, params: Decoder, tokens: Sequence[Any], batches: Sequence[Batch], passes: float
 ) -> tuple[Decoder, TuningReport]:
     """The decoder with its scales and norms tuned towards the float model's predictions on the batches."""
-    from jgptq.run.tune import Lesson, tune  # imports optax
+    from jgptq.run.tune import Lesson, float_streams, tune  # imports optax
 
+    # With experts, the float stream next to the quantized one followed the routing of that, and the float model does not.
     streams = [batch.reference[RESIDUAL] for batch in batches if batch.reference is not None]
+    streams = streams if params.config.experts is None else float_streams(params, tokens)
     return tune(quantized, params, [Lesson(*pair) for pair in zip(tokens, streams, strict=True)], passes)
 
 
@@ -177,19 +183,25 @@ def _quantize_unit(
     reference = _reference(work, batches)
     prefix = unit_prefix(block, index)
     _check_finite(prefix.rstrip("."), work)
-    packed: dict[str, PackedTensor] = {}
+    packed: dict[str, PackedTensor | PackedExperts] = {}
     rows: list[LinearReport] = []
     first = _observation(plan, 0, batches, job)
     total = None if first is None else observe(work, reference, batches, 0, first)
     for number, (stage, decision) in enumerate(zip(work.stages(), plan, strict=True)):
         linears = {path: linear for path, linear in work.linears().items() if path in stage.linears}
-        names = [_shown(work, prefix + path) for path in linears]
-        bar.describe(f"{prefix}{' '.join(name.rpartition('.')[2] for name in names)}")
+        single = [pair for path, linear in linears.items() for pair in single_linears(path, linear)]
+        names = [_shown(work, prefix + path) for path, _ in single]
+        bar.describe(f"{prefix}{' '.join(path.rpartition('.')[2] for path in linears)}")
         if decision.kept_float is not None:
-            rows += [kept_row(name, linear, decision.kept_float) for name, linear in zip(names, linears.values(), strict=True)]
+            rows += [kept_row(name, linear, decision.kept_float) for name, (_, linear) in zip(names, single, strict=True)]
+        elif stage.routing is not None:
+            stacks, stage_rows = solve_experts(names, Observed(work, reference, batches, stage), decision, job)
+            rows += stage_rows
+            packed |= stacks
         else:
             ahead.settle("solve", number)
-            solved, stage_rows = solve_linears(names, linears, total, decision.config, job, pulled=decision.pulls)
+            plain = {path: linear for path, linear in linears.items() if isinstance(linear, Linear)}
+            solved, stage_rows = solve_linears(names, plain, total, decision.config, job, pulled=decision.pulls)
             rows += stage_rows
             packed |= solved
         if not (last and number == len(plan) - 1):
@@ -205,8 +217,9 @@ def _shown(unit: Unit, path: str) -> str:
 
 
 def _observation(plan: Sequence[StagePlan], number: int, batches: Sequence[Batch], job: Job) -> Observation | None:
-    """What is summed of a stage's inputs; None for a stage that stays float, and after the last, which is another block's."""
-    if not batches or number == len(plan) or plan[number].kept_float is not None:
+    """What is summed of a stage's inputs on their way; None for a stage that stays float or sums them itself, and after the last,
+    which is another block's."""
+    if not batches or number == len(plan) or plan[number].kept_float is not None or plan[number].sums_itself:
         return None
     used = plan[number].config
     pull = used.target_shift / used.residual_shift if plan[number].pulls else None
@@ -243,7 +256,7 @@ def _pass_through(block: Unit, original: Unit, plan: Sequence[StagePlan], batche
     work = to_device(block)
     for linear in work.linears().values():
         kernel = linear.kernel.get_value()
-        if isinstance(kernel, PackedTensor):
+        if isinstance(kernel, PackedTensor | PackedExperts):
             linear.kernel.set_value(kernel.dequantize().astype(job.dtype))
     reference = to_device(original) if _follows(batches) else work
     for number in range(len(plan)):
@@ -260,7 +273,7 @@ def _advance(
     return advance(work, reference, batches, number, _observation(plan, number + 1, batches, job), pulled=pulled)
 
 
-def _with_kernels(block: Unit, packed: Mapping[str, PackedTensor]) -> Unit:
+def _with_kernels(block: Unit, packed: Mapping[str, PackedTensor | PackedExperts]) -> Unit:
     """The block with some kernels replaced; every other leaf is shared with it."""
     copy = copy_module(block)
     for path, linear in copy.linears().items():

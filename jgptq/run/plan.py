@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 
 from jgptq.errors import ConfigError
-from jgptq.models import Decoder, Fusion, Head, Linear, Stage, Unit, checkpoint_name
+from jgptq.models import Decoder, ExpertLinear, Fusion, Head, Linear, Stage, Unit, checkpoint_name, single_linears
 from jgptq.settings.rules import first_match, resolve, without_effect
 from jgptq.settings.run import QuantizeConfig
 from jgptq.settings.sizes import fitting_group_sizes, group_rows, packable
@@ -19,12 +19,14 @@ class StagePlan:
     names: tuple[str, ...]  # dotted paths of its linears within the block
     kept_float: str | None  # the reason why all of them stay float, or None: all are packed
     config: SolverConfig  # of all of them; the run's where they stay float
-    pulls: bool = (
-        False  # whether what it gives in the float model is summed, in place of the drift of its inputs, which is less work
-    )
+    single: tuple[str, ...] = ()  # dotted paths of the linears that files hold: one for each expert of a stack
+    pulls: bool = False
+    """Whether what it gives in the float model is summed, in place of the drift of its inputs, which is less work."""
+    sums_itself: bool = False  # whether what it reads is summed for a part of its linears at a time, when they are solved
 
 
 Plan = tuple[StagePlan, ...]
+AnyLinear = Linear | ExpertLinear
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,7 +116,7 @@ def settings_by_path(params: Decoder, config: QuantizeConfig) -> dict[str, Solve
     for index, (unit, plan) in enumerate(zip(run.units, run.plans, strict=True)):
         for decision in plan:
             used = decision.config if decision.kept_float is None else None
-            settings |= {unit_prefix(unit, index) + name: used for name in decision.names}
+            settings |= {unit_prefix(unit, index) + name: used for name in decision.single}
     return settings
 
 
@@ -125,7 +127,8 @@ def _idle_rules(parts: Sequence[Unit], config: QuantizeConfig) -> list[str]:
         [
             checkpoint_name(unit_prefix(unit, index) + path, unit.config.model_type)
             for index, unit in enumerate(parts)
-            for path in unit.linears()
+            for stack, linear in unit.linears().items()
+            for path, _ in single_linears(stack, linear)
         ],
     )
 
@@ -147,7 +150,7 @@ def _packed_widths(parts: Sequence[Unit], plans: Sequence[Plan]) -> dict[tuple[i
     """The out-features of every stage that is packed, all its linears together, by the in-features that it reads and settings."""
     widths: dict[tuple[int, SolverConfig], list[int]] = {}
     for _, linears, decision in _packed_stages(parts, plans):
-        total = sum(linear.kernel.get_value().shape[1] for linear in linears)
+        total = sum(shape_of(linear)[1] for linear in linears)
         widths.setdefault((_features(linears), decision.config), []).append(total)
     return widths
 
@@ -158,26 +161,42 @@ def _plan_unit(unit: Unit, prefix: str, config: QuantizeConfig) -> Plan:
     return tuple(_plan_stage(stage, linears, prefix, unit.config.model_type, config) for stage in unit.stages())
 
 
-def _plan_stage(stage: Stage, linears: Mapping[str, Linear], prefix: str, architecture: str, config: QuantizeConfig) -> StagePlan:
-    full = {path: checkpoint_name(prefix + path, architecture) for path in stage.linears}
+def _plan_stage(
+    stage: Stage, linears: Mapping[str, AnyLinear], prefix: str, architecture: str, config: QuantizeConfig
+) -> StagePlan:
+    single = [path for stack in stage.linears for path, _ in single_linears(stack, linears[stack])]
+    full = {path: checkpoint_name(prefix + path, architecture) for path in single}
     settings = {path: resolve(config, name) for path, name in full.items()}
     agreed, *others = set(settings.values())
     if others:
-        each = "; ".join(f"{name}: {_described(config, name)}" for name in full.values())
-        why = _why_agree(stage.fusions, settings)
-        raise ConfigError(f"the rules give {', '.join(stage.linears)} different settings, and {why}; give them the same: {each}")
+        raise ConfigError(_parted(stage, settings, full, config))
     if agreed is None:
-        rule = first_match(config.rules, full[stage.linears[0]])
-        return StagePlan(stage.linears, f"skipped by rule {rule.pattern if rule else ''!r}", config.with_rule(None))
+        rule = first_match(config.rules, full[single[0]])
+        kept = f"skipped by rule {rule.pattern if rule else ''!r}"
+        return StagePlan(stage.linears, kept, config.with_rule(None), tuple(single))
     reasons = {}
     for path in stage.linears:
-        if reason := packable(*linears[path].kernel.get_value().shape):
+        if reason := packable(*shape_of(linears[path])):
             reasons[path] = reason
     kept = "; ".join(f"{path}: {reason}" for path, reason in reasons.items())
-    k, n = linears[stage.linears[0]].kernel.get_value().shape
+    k, n = shape_of(linears[stage.linears[0]])
+    agreed = agreed if stage.routing is not None else agreed.dense
     reads = method_of(agreed).statistics
-    pulls = stage.adds and reads.drift and reads.residual and n < k
-    return StagePlan(stage.linears, kept or None, agreed, pulls)
+    pulls = stage.adds and stage.routing is None and reads.drift and reads.residual and n < k
+    return StagePlan(stage.linears, kept or None, agreed, tuple(single), pulls, sums_itself=stage.routing is not None)
+
+
+def _parted(stage: Stage, settings: Mapping[str, SolverConfig | None], names: Mapping[str, str], config: QuantizeConfig) -> str:
+    """The error message for linears of a stage that rules give different settings."""
+    said = {name: _described(config, name) for name in names.values()}
+    if stage.routing is not None:  # of many experts, the first for each of the settings
+        said = {name: text for text, name in {text: name for name, text in reversed(said.items())}.items()}
+    each = "; ".join(f"{name}: {text}" for name, text in said.items())
+    why = _SERVED_AS_ONE if stage.routing is not None else _why_agree(stage.fusions, settings)
+    return f"the rules give {', '.join(stage.linears)} different settings, and {why}; give them the same: {each}"
+
+
+_SERVED_AS_ONE = "readers serve the experts of a layer as one matrix"
 
 
 def _why_agree(fusions: Sequence[Fusion], settings: Mapping[str, SolverConfig | None]) -> str:
@@ -196,7 +215,7 @@ def _described(config: QuantizeConfig, name: str) -> str:
     return f"{'skipped' if rule.skip else changes} by rule {rule.pattern!r}"
 
 
-def _packed_stages(parts: Sequence[Unit], plans: Sequence[Plan]) -> Iterator[tuple[str, list[Linear], StagePlan]]:
+def _packed_stages(parts: Sequence[Unit], plans: Sequence[Plan]) -> Iterator[tuple[str, list[AnyLinear], StagePlan]]:
     """The stages that are packed: the path of the first linear, the linears, and the stage's plan."""
     for index, (unit, plan) in enumerate(zip(parts, plans, strict=True)):
         linears = unit.linears()
@@ -205,6 +224,14 @@ def _packed_stages(parts: Sequence[Unit], plans: Sequence[Plan]) -> Iterator[tup
                 yield unit_prefix(unit, index) + decision.names[0], [linears[path] for path in decision.names], decision
 
 
-def _features(linears: Sequence[Linear]) -> int:
+def _features(linears: Sequence[AnyLinear]) -> int:
     """K, the features that the linears of a stage read."""
-    return linears[0].kernel.get_value().shape[0]
+    return shape_of(linears[0])[0]
+
+
+def shape_of(linear: AnyLinear) -> tuple[int, int]:
+    """(K, N), for a stack those of each of its linears."""
+    if isinstance(linear, ExpertLinear):
+        return linear.features
+    k, n = linear.kernel.get_value().shape
+    return k, n

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jgptq.errors import NumericalError
-from jgptq.models import Linear
+from jgptq.models import Expert, Linear
 from jgptq.models.packed import PackedTensor
 from jgptq.notation import Array
 from jgptq.run.lapack import lapack_threads
@@ -116,7 +116,7 @@ def _row(name: str, stage: SolvedStage, result: SolvedLinear, note: str, tokens:
     )
 
 
-def kept_row(name: str, linear: Linear, reason: str) -> LinearReport:
+def kept_row(name: str, linear: Linear | Expert, reason: str) -> LinearReport:
     """The row of a linear that stays float."""
     k, n = linear.kernel.get_value().shape
     return LinearReport(name=name, k=k, n=n, outcome=KEPT_FLOAT, note=f"Stays float: {reason}.")

@@ -10,7 +10,6 @@ Backpropagation goes block by block: only the residual streams between blocks ar
 shape, forwards, and one backwards.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -21,8 +20,9 @@ import numpy as np
 import optax
 from flax import nnx
 
-from jgptq.models import Block, Decoder, Linear, Norm
+from jgptq.models import Block, Decoder, ExpertLinear, Linear, Norm
 from jgptq.models.memory import copy_module, to_device
+from jgptq.models.mixture.leaves import PackedExperts
 from jgptq.models.packed import PackedTensor
 from jgptq.notation import Array, Float, Int
 from jgptq.run.report import TuningReport
@@ -108,18 +108,21 @@ def _schedule(lessons: Sequence[Lesson], wanted: int) -> list[list[Lesson]]:
     return [[lessons[index] for index in order[start : start + size]] for start in range(0, needed, size)]
 
 
-def _factors_of(norms: Mapping[str, Norm], linears: Mapping[str, Linear]) -> Factors:
+def _factors_of(norms: Mapping[str, Norm], linears: Mapping[str, Linear | ExpertLinear]) -> Factors:
     """Ones, for every scale of norms and of packed linears."""
     factors = {path: jnp.ones_like(norm.scale.get_value(), jnp.float32) for path, norm in norms.items() if norm.scale is not None}
     for path, linear in linears.items():
         kernel = linear.kernel.get_value()
-        if isinstance(kernel, PackedTensor):
+        if isinstance(kernel, PackedTensor | PackedExperts):
             factors[path] = jnp.ones(kernel.scales.shape, jnp.float32)
     return factors
 
 
 def _multiply(
-    norms: Mapping[str, Norm], linears: Mapping[str, Linear], factors: Factors, times: Callable[[Array, jax.Array, float], Any]
+    norms: Mapping[str, Norm],
+    linears: Mapping[str, Linear | ExpertLinear],
+    factors: Factors,
+    times: Callable[[Array, jax.Array, float], Any],
 ) -> None:
     """Multiplies scales in place by `times(scale, factor, offset)`: what acts is the offset plus the stored scale."""
     for path, norm in norms.items():
@@ -127,8 +130,8 @@ def _multiply(
             norm.scale.set_value(times(norm.scale.get_value(), factors[path], norm.offset))
     for path, linear in linears.items():
         kernel = linear.kernel.get_value()
-        if isinstance(kernel, PackedTensor):
-            linear.kernel = nnx.Param(dataclasses.replace(kernel, scales=times(kernel.scales, factors[path], 0.0)))
+        if isinstance(kernel, PackedTensor | PackedExperts):
+            linear.kernel = nnx.Param(kernel.with_scales(times(kernel.scales, factors[path], 0.0)))
 
 
 def _traced(leaf: Array, factor: jax.Array, offset: float) -> jax.Array:
@@ -176,6 +179,17 @@ _pull_distance = jax.jit(jax.grad(_distance, argnums=(1, 2)))
 
 
 _embed = jax.jit(lambda head, tokens: head.embed(tokens))
+_run = jax.jit(lambda block, residual: block(residual))
+
+
+def float_streams(params: Decoder, batches: Sequence[Int[np.ndarray, "b S"]]) -> list[Float[jax.Array, "b S D"]]:
+    """The residual stream after the last block of the float model, with one block on the device at a time."""
+    head = to_device(params.embedder())
+    streams = [_embed(head, jnp.asarray(tokens)) for tokens in batches]
+    for block in params.layers:
+        work = to_device(block)
+        streams = [_run(work, stream) for stream in streams]
+    return streams
 
 
 def _streams(model: Decoder, head: Decoder, blocks: Sequence[Factors], lesson: Lesson) -> list[jax.Array]:

@@ -10,6 +10,7 @@ from jgptq.settings.sizes import BITS, ROW_MULTIPLE
 Method = Literal["gptq", "rtn", "gptaq", "qronos"]
 Order = Literal["none", "group", "static", "desc_act"]
 Scale = Literal["minmax", "mse", "hessian"]
+StarvedExperts = Literal["shrink", "all_tokens", "rtn"]
 
 
 def _check_group_size(value: Any) -> str | None:
@@ -94,6 +95,23 @@ class SolverConfig:
         published=False,
         flag="--refit/--no-refit",
     )
+    starved_experts: StarvedExperts = option(
+        "shrink",
+        help="How the linears of an expert are solved that too few calibration tokens were routed to: shrink, on their Hessian "
+        "mixed with the mean of all experts of the layer, the more the fewer the tokens; all_tokens, on the Hessian of all "
+        "tokens, as if each were routed to it; rtn, by rounding to nearest.",
+        values=get_args(StarvedExperts),
+        rule=True,
+        published="rtn",
+    )
+    min_tokens_per_feature: float = option(
+        1.0,
+        help="How many calibration tokens for each in-feature of its linear an expert needs in order not to count as starved. "
+        "With fewer than one its Hessian is singular.",
+        least=0,
+        rule=True,
+        published=0.0,
+    )
     damping: float = option(
         0.01,
         help="Added to the Hessian's diagonal before it is factored, as a fraction of the diagonal's mean; raised automatically, "
@@ -116,6 +134,12 @@ class SolverConfig:
         if type(self) is SolverConfig:
             return self
         return SolverConfig(**{name: getattr(self, name) for name in options(SolverConfig)})
+
+    @property
+    def dense(self) -> "SolverConfig":
+        """These settings without those of experts alone, which no compiled program reads."""
+        defaults = {name: getattr(SolverConfig, name) for name in ("starved_experts", "min_tokens_per_feature")}
+        return dataclasses.replace(self, **defaults)
 
     @property
     def grid_search(self) -> Scale:

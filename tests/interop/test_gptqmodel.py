@@ -3,6 +3,7 @@
 Needs `make interop-venv`; `make interop` runs it.
 """
 
+import dataclasses
 import json
 import subprocess
 from pathlib import Path
@@ -10,13 +11,14 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sparse
 import tiny
 from tokenizers import Tokenizer, models
 
 import jgptq
 from converters import load_hf, save_hf
 from jgptq import tinycode
-from jgptq.models import Decoder, checkpoint_name
+from jgptq.models import Decoder, checkpoint_name, single_linears
 from jgptq.models.packed import PackedTensor
 from jgptq.tinycode.corpus import stdlib_documents
 
@@ -31,7 +33,8 @@ def packed_kernels(decoder: Decoder) -> dict[str, PackedTensor]:
     kernels = {
         checkpoint_name(f"layers.{index}.{path}", decoder.config.model_type): linear.kernel.get_value()
         for index, block in enumerate(decoder.layers)
-        for path, linear in block.linears().items()
+        for stack, linears in block.linears().items()
+        for path, linear in single_linears(stack, linears)
     }
     if decoder.lm_head is not None:
         kernels[checkpoint_name("lm_head", decoder.config.model_type)] = decoder.lm_head.kernel.get_value()
@@ -142,6 +145,14 @@ def test_gptqmodel_reads_a_phi3_whose_gate_and_up_are_parted(tmp_path: Path):
     kernel = quantized.layers[0].mlp.gate_up_proj.kernel.get_value()
     np.testing.assert_array_equal(np.concatenate(parts, axis=1), np.asarray(kernel.dequantize()))
     assert np.abs(read["logits"] - np.asarray(quantized(jnp.asarray(tokens)))).max() < 1e-3
+
+
+@pytest.mark.parametrize("form", ["qwen3_moe", "olmoe", "qwen2_moe"])
+def test_gptqmodel_reads_experts(tmp_path: Path, form: str):
+    changes = dict(sparse.FORMS[form])  # it knows of no dense blocks among those with experts
+    changes["experts"] = dataclasses.replace(changes["experts"], sparse_layers=(True, True))
+    quantized, _ = jgptq.quantize(tiny.decoder(**changes), tiny.tokens(), preset="fast", group_size=32)
+    check(save_hf(quantized, tmp_path / "out"), tiny.tokens(2), tmp_path)
 
 
 def test_gptqmodel_reads_the_embedded_model(tmp_path: Path):

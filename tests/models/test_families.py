@@ -36,7 +36,11 @@ def tensor_names(row: str) -> dict[str, str]:
         (f"{checkpoint_name(path, config.model_type)}.{stored_rule(path, leaf, config.model_type).suffix}", f"{path}.{leaf}")
         for path, _, leaf in leaves(decoder)
     ]
-    assert len(dict(pairs)) == len(pairs) == len(jax.tree.leaves(decoder))
+    assert len(dict(pairs)) == len(pairs)
+    stacked = (
+        0 if decoder.config.experts is None else 3 * (decoder.config.experts.num_experts - 1) * sum(decoder.config.sparse_layers)
+    )
+    assert len(pairs) == len(jax.tree.leaves(decoder)) + stacked
     return dict(pairs)
 
 

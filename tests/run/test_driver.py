@@ -46,6 +46,7 @@ FORMS = {
     "gpt2": tiny.GPT2,
     "gpt-neox": tiny.NEOX,
     "phi3": tiny.PHI3,
+    "latent": tiny.LATENT,
 }
 
 

@@ -25,6 +25,8 @@ configs = st.builds(
     refine=st.integers(0, 9),
     refit=st.booleans(),
     tune=st.floats(0, 99, allow_subnormal=False),
+    starved_experts=st.sampled_from(["shrink", "all_tokens", "rtn"]),
+    min_tokens_per_feature=st.floats(0, 99, allow_subnormal=False),
     damping=st.floats(1e-6, 1),
     float64=st.booleans(),
 )
@@ -40,7 +42,15 @@ def test_the_settings_of_a_run_come_back_from_its_files(config: QuantizeConfig):
 
 def test_a_folder_of_another_writer_claims_nothing_that_only_this_one_does():
     settings = read_settings({"bits": 4, "group_size": 64, "meta": {"quantizer": ["gptqmodel:7.6.0"], "damp_percent": 0.05}})
-    assert settings == QuantizeConfig(group_size=64, damping=0.05, order="none", target_shift=0.0, residual_shift=0.0)
+    assert settings == QuantizeConfig(
+        group_size=64,
+        damping=0.05,
+        order="none",
+        target_shift=0.0,
+        residual_shift=0.0,
+        starved_experts="rtn",
+        min_tokens_per_feature=0.0,
+    )
 
 
 def test_settings_that_cannot_be_are_refused_by_name():

@@ -11,7 +11,7 @@ from flax import nnx
 
 from converters import save_hf
 from converters.checkpoint import SINGLE
-from jgptq.models import FAMILIES, AlibiPositions, Decoder, LearnedPositions, ModelConfig, RopeConfig
+from jgptq.models import FAMILIES, AlibiPositions, Decoder, LatentConfig, LearnedPositions, ModelConfig, RopeConfig
 
 VOCAB, SEQ_LEN = 96, 16
 
@@ -46,6 +46,14 @@ GEMMA2 = {
     "layer_windows": (8, None),
 }
 """What makes a Gemma 2 of a tiny decoder: four norms a block, bounded scores and logits, a window in every other block."""
+LATENT = {
+    "model_type": "deepseek_v3",
+    "latent": LatentConfig(query_rank=32, kv_rank=32, plain=16, value=16),
+    "rotary_pairs": "neighbours",
+    "num_key_value_heads": 4,
+    "head_dim": 32,
+}
+"""What makes latent attention of that of a tiny decoder."""
 
 
 COHERE = {

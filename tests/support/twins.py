@@ -12,6 +12,8 @@ from flax import nnx
 from rows.common import SLIDES, SLIDING, hf_dict
 from rows.dense import DENSE
 from rows.fused import FUSED
+from rows.sparse import SPARSE
+from transformers.core_model_loading import revert_weight_conversion
 
 from converters.names import leaves, stored_rule
 from jgptq.models import FAMILIES, Decoder, ModelConfig, checkpoint_name, config_from_hf
@@ -120,6 +122,7 @@ ROWS: dict[str, tuple[dict, dict | None]] = (
     }
     | DENSE
     | FUSED
+    | SPARSE
 )
 
 
@@ -138,6 +141,9 @@ def torch_twin(hf: dict, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(1 + noise / 2 if is_norm(name) else noise / 2 if name.endswith("bias") else noise / 5)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(torch.randn(buffer.shape, generator=generator) / 5)
     return model
 
 
@@ -151,8 +157,11 @@ def is_buffer(name: str) -> bool:
 
 
 def stored_state(model: torch.nn.Module, row: str) -> dict[str, torch.Tensor]:
-    """The tensors of a torch model that files hold, by the names that they have there."""
+    """The tensors of a torch model that files hold, by the names that they have there: in memory, transformers holds experts in
+    one tensor."""
     state = {name: tensor for name, tensor in model.state_dict().items() if not is_buffer(name)}
+    if FAMILIES[row].experts is not None:
+        state = revert_weight_conversion(model, state)
     head = state.pop("lm_head.weight")
     return state if model.config.tie_word_embeddings else state | {f"{FAMILIES[row].head}.weight": head}
 

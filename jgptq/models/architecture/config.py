@@ -4,6 +4,8 @@ import dataclasses
 
 import jax.numpy as jnp
 
+from jgptq.models.architecture.experts import ExpertsConfig
+from jgptq.models.architecture.latent import LatentConfig
 from jgptq.models.rotary import RopeConfig
 
 ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "relu2")
@@ -36,6 +38,7 @@ class LayerConfig:
 
     window: int | None = None  # positions that attention sees, the query's own included; None for all before it
     rope: RopeConfig | None = None  # rotary settings; None where queries and keys are not rotated
+    sparse: bool = False  # whether the MLP is a mixture of experts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,6 +85,8 @@ class ModelConfig:
     final_logit_softcapping: float | None = None  # the same of the logits
     logit_scale: float = 1.0  # logits are multiplied by it
     logits_scaling: float = 1.0  # logits are divided by it
+    experts: ExpertsConfig | None = None  # mixtures of experts in place of some MLPs; None: every MLP is dense
+    latent: LatentConfig | None = None  # keys and values come from one narrow vector a token; None: grouped-query attention
     layer_windows: tuple[int | None, ...]  # per block: positions that attention sees, None for all
     dtype: str = "float32"  # what activations are computed in: float32 or bfloat16
 
@@ -95,7 +100,13 @@ class ModelConfig:
         """What each block is made with."""
         shared = self.positions if isinstance(self.positions, RopeConfig) else None
         ropes = (shared,) * len(self.layer_windows) if self.layer_ropes is None else self.layer_ropes
-        return tuple(LayerConfig(window=window, rope=rope) for window, rope in zip(self.layer_windows, ropes, strict=True))
+        each = zip(self.layer_windows, ropes, self.sparse_layers, strict=True)
+        return tuple(LayerConfig(window=window, rope=rope, sparse=sparse) for window, rope, sparse in each)
+
+    @property
+    def sparse_layers(self) -> tuple[bool, ...]:
+        """Which blocks have a mixture of experts in place of an MLP."""
+        return (False,) * len(self.layer_windows) if self.experts is None else self.experts.sparse_layers
 
     @property
     def has_final_norm(self) -> bool:

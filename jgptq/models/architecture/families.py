@@ -5,13 +5,14 @@ modules are called in a checkpoint. A new architecture whose computation the swi
 """
 
 import difflib
+import re
 import reprlib
 from collections.abc import Mapping
 from typing import Any
 
 from jgptq.errors import ArchitectureError
 from jgptq.models.architecture.row import Family
-from jgptq.models.architecture.rows import cohere, falcon, fused, fused_gate, gemma, layer_norm, llama, olmo
+from jgptq.models.architecture.rows import cohere, experts, falcon, fused, fused_gate, gemma, layer_norm, llama, olmo
 
 FAMILIES: Mapping[str, Family] = {
     **llama.ROWS,
@@ -22,6 +23,7 @@ FAMILIES: Mapping[str, Family] = {
     **fused.ROWS,
     **fused_gate.ROWS,
     **falcon.ROWS,
+    **experts.ROWS,
 }
 
 SWITCHES: Mapping[str, tuple[Any, ...]] = {
@@ -123,5 +125,19 @@ def checkpoint_name(path: str, model_type: str) -> str:
         return family.head
     if path.startswith("layers."):
         _, index, within = path.split(".", 2)
-        return f"{family.decoder}.{family.blocks}.{index}.{family.modules.get(within, within)}"
+        return f"{family.decoder}.{family.blocks}.{index}.{_name_within(within, family)}"
     return f"{family.decoder}.{family.modules.get(path, path)}"
+
+
+def _name_within(path: str, family: Family) -> str:
+    """The name within a block. The row names an expert's linears once, with a star for the number of the expert."""
+    if path in family.modules:
+        return family.modules[path]
+    expert = _EXPERT.fullmatch(path)
+    if expert is None:
+        return path
+    kind = f"{expert[1]}.*.{expert[3]}"
+    return family.modules.get(kind, kind).replace("*", expert[2])
+
+
+_EXPERT = re.compile(r"(mlp\.experts)\.(\d+)\.(\w+)")

@@ -7,6 +7,8 @@ from typing import Any
 from jgptq.errors import ArchitectureError, CheckpointError
 from jgptq.models.architecture.config import ACTIVATIONS, DTYPES, ModelConfig
 from jgptq.models.architecture.families import SWITCHES, family_of, file_type, row_of
+from jgptq.models.architecture.hf_experts import experts_from_hf, experts_to_hf
+from jgptq.models.architecture.latent import LatentConfig
 from jgptq.models.architecture.per_layer import positions_to_hf, read_positions, read_ropes, read_windows, windows_to_hf
 from jgptq.models.architecture.row import REQUIRED, Family
 from jgptq.models.architecture.typed import BLOCK_KINDS, KEYS, QUANTIZATION, ROPE, problems, read_keys, refuse
@@ -35,6 +37,10 @@ def config_from_hf(hf: Mapping[str, Any], dtype: str = "auto") -> ModelConfig:
     _refuse_switches(hf, family)
     fields = {switch: key.read(given[switch]) for switch, key in family.keys.items()} | dict(family.fixed)
     heads, width = fields["num_attention_heads"], fields["hidden_size"]
+    if family.latent is not None:  # every head has keys and values of its own, whatever the file says
+        fields["num_key_value_heads"] = heads
+    if family.latent is not None:  # every head has keys and values of its own, whatever the file says
+        fields["num_key_value_heads"] = heads
     fields["num_key_value_heads"] = kv_heads = (
         heads if fields.get("num_key_value_heads") is None else fields["num_key_value_heads"]
     )
@@ -58,6 +64,8 @@ def config_from_hf(hf: Mapping[str, Any], dtype: str = "auto") -> ModelConfig:
         positions=positions,
         layer_ropes=read_ropes(hf, family, positions, windows, fields["head_dim"]),
         layer_windows=windows,
+        experts=experts_from_hf(hf, family),
+        latent=_latent(hf, family),
         dtype=_resolve_dtype(hf, dtype),
     )
 
@@ -75,13 +83,22 @@ def config_to_hf(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
     hf |= {key.name: key.stored(getattr(config, switch)) for switch, key in family.keys.items()}
     if config.embedding_width is None and "embedding_width" in family.keys:
         hf[family.keys["embedding_width"].name] = config.hidden_size
+    hf |= experts_to_hf(config.experts, family)
+    hf |= {key.name: key.stored(getattr(config.latent, switch)) for switch, key in (family.latent or {}).items()}
     hf |= windows_to_hf(config.layer_windows, family.window) | positions_to_hf(config, family)
     return hf | {"torch_dtype": dtype}
 
 
+def _latent(hf: Mapping[str, Any], family: Family) -> LatentConfig | None:
+    """The switches of latent attention."""
+    if family.latent is None:
+        return None
+    return LatentConfig(**{switch: key.read(key.given(hf)) for switch, key in family.latent.items()})
+
+
 def _value_problems(hf: Mapping[str, Any], family: Family) -> Iterator[str]:
     """A sentence for every value that is missing, of a wrong type or out of range."""
-    required = [key for key in family.keys.values() if key.default is REQUIRED]
+    required = [key for key in family.all_keys if key.default is REQUIRED]
     missing = {key.name: key for key in required if key.given(hf) in (None, REQUIRED)}
     if missing:
         yield f"{', '.join(missing)} missing; is this the config of a {hf['model_type']} model?"

@@ -18,6 +18,7 @@ from jgptq.models.architecture.row import Family, Key, Window
 from jgptq.models.rotary import RopeConfig
 
 _SLIDING, _FULL = "sliding_attention", "full_attention"
+_OPT_IN = ("opt_in", "opt_in_all", "opt_in_even")
 
 
 def read_windows(hf: Mapping[str, Any], known: Window | None, layers: int) -> tuple[int | None, ...]:
@@ -25,11 +26,14 @@ def read_windows(hf: Mapping[str, Any], known: Window | None, layers: int) -> tu
 
     Raises:
       ArchitectureError: `layer_types` has another length, or other entries than the two that are known.
+      CheckpointError: a window of no positions.
     """
     window = None if known is None else hf.get("sliding_window", known.default)
-    if known is None or window is None or (known.blocks == "opt_in" and not hf.get("use_sliding_window", False)):
+    if known is None or window is None or (known.blocks in _OPT_IN and not hf.get("use_sliding_window", False)):
         return (None,) * layers
-    if known.blocks == "all":
+    if window == 0:
+        raise CheckpointError("config.json: sliding_window: expected a whole number above 0 or null, found 0")
+    if known.blocks in ("all", "opt_in_all"):
         return (window,) * layers
     types = hf.get("layer_types")
     if types is None:
@@ -41,8 +45,11 @@ def read_windows(hf: Mapping[str, Any], known: Window | None, layers: int) -> tu
 
 def _slides(hf: Mapping[str, Any], known: Window, layers: int) -> list[bool]:
     """Which blocks have a window, where there are no `layer_types`."""
+    bound = hf.get("max_window_layers", 28)
     if known.blocks == "opt_in":
-        return [index >= hf.get("max_window_layers", 28) for index in range(layers)]
+        return [index >= bound for index in range(layers)]
+    if known.blocks == "opt_in_even":
+        return [index % 2 == 0 and index < bound for index in range(layers)]
     if known.blocks == "unrotated":
         return [hf.get("use_sliding_window", False) and not rotates for rotates in _listed(hf, layers)]
     period = known.period if known.period_key is None else hf.get(known.period_key, known.period)
@@ -58,11 +65,13 @@ def windows_to_hf(windows: Sequence[int | None], known: Window | None) -> dict[s
     width = max((window for window in windows if window is not None), default=None)
     if known.blocks == "all":
         return {"sliding_window": width}
+    if known.blocks == "opt_in_all":
+        return {"sliding_window": width, "use_sliding_window": width is not None}
     types = {"layer_types": [_FULL if window is None else _SLIDING for window in windows]}
     if known.blocks == "patterned":  # a width that no block reads has to be there: null would say more than the types do
         return {"sliding_window": known.default if width is None else width, **types}
     opted = {"sliding_window": width, "use_sliding_window": width is not None, **types}
-    return opted | ({"max_window_layers": sum(window is None for window in windows)} if known.blocks == "opt_in" else {})
+    return opted | ({"max_window_layers": sum(window is None for window in windows)} if known.blocks in _OPT_IN else {})
 
 
 def read_positions(hf: Mapping[str, Any], family: Family, head_dim: int) -> Positions:

@@ -37,16 +37,37 @@ class Window:
 
     The blocks that it limits are one of
 
-        all        every block
-        opt_in     where `use_sliding_window` is true, those of `layer_types`, or else those from `max_window_layers` on
-        patterned  those of `layer_types`, or else all but every `period`-th
-        unrotated  those of `layer_types`, or else, where `use_sliding_window` is true, those without rotation
+        all          every block
+        opt_in_all   every block where `use_sliding_window` is true
+        opt_in       where `use_sliding_window` is true, those of `layer_types`, or else those from `max_window_layers` on
+        opt_in_even  where `use_sliding_window` is true, those of `layer_types`, or else every other block before
+                     `max_window_layers`, beginning with the first
+        patterned    those of `layer_types`, or else all but every `period`-th
+        unrotated    those of `layer_types`, or else, where `use_sliding_window` is true, those without rotation
     """
 
     default: int | None  # the width where the file is silent; None: no window then
     blocks: str = "opt_in"
     period: int | None = None  # of patterned blocks; None: all of them slide
     period_key: str | None = None  # where the file says it
+
+
+SPARSE_BLOCKS: Mapping[str, Mapping[str, Any]] = {
+    "all": {},
+    "after_first": {"first_k_dense_replace": None},
+    "stepped": {"decoder_sparse_step": 1, "mlp_only_layers": None},
+}
+"""Which blocks of a family have experts -> the keys that say it, with what a silent file means."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mixture:
+    """How a `config.json` describes a mixture of experts."""
+
+    keys: Mapping[str, Key]  # switch of `ExpertsConfig` -> where it stands in the file
+    fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # switches that all models of the family share
+    first_dense: int = 0  # of blocks "after_first": how many are dense where the file is silent
+    blocks: str = "all"  # which blocks have it, a key of `SPARSE_BLOCKS`; see `hf_experts.sparse_layers`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,6 +91,8 @@ class Family:
     rotated: str = "all"  # which blocks rotate queries and keys, see `jgptq.models.architecture.per_layer`
     local_theta: Key | None = None  # where the base wavelength of sliding blocks stands, if it is their own
     alibi: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # fields of `AlibiPositions` that the family shares
+    latent: Mapping[str, Key] | None = None  # switch of `LatentConfig` -> where it stands in the file; None: it has none
+    experts: Mixture | None = None  # None: every MLP is dense
     window: Window | None = None  # None: attention sees all positions
     decoder: str = "model"  # what stands before the names of all modules but the output projection
     blocks: str = "layers"  # the name of the list of blocks
@@ -79,9 +102,16 @@ class Family:
     modules: Mapping[str, str] = dataclasses.field(default_factory=dict)  # path in a block, or top-level name -> name in the file
 
     @property
+    def all_keys(self) -> tuple[Key, ...]:
+        """Where all switches of the decoder stand, those of latent attention and of experts too."""
+        latent, experts = self.latent or {}, {} if self.experts is None else self.experts.keys
+        return (*self.keys.values(), *latent.values(), *experts.values())
+
+    @property
     def names(self) -> set[str]:
         """Names of all keys of a file by which the row reads a switch."""
         single = [key for key in (self.positions, self.rotary_dim, self.local_theta) if isinstance(key, Key)]
-        named = {name for key in (*self.keys.values(), *single) for name in (key.name, *key.aliases)}
+        named = {name for key in (*self.all_keys, *single) for name in (key.name, *key.aliases)}
         listed = {"no_rope_layers", "no_rope_layer_interval"} if self.rotated == "listed" else set()
-        return named.union(self.where, self.rotary_keys, listed)
+        sparse = () if self.experts is None else SPARSE_BLOCKS[self.experts.blocks]
+        return named.union(self.where, self.rotary_keys, listed, sparse)
