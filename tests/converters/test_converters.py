@@ -199,9 +199,9 @@ def test_an_opt_is_written_under_its_own_names(tmp_path: Path):
     ],
 )
 def test_settings_that_a_reader_refuses_are_warned_of_by_its_name(settings: dict, readers: list[str]):
-    sentences = writer_of("gptq").warnings(QuantizeConfig(**settings))
+    sentences = writer_of("gptq").warnings(QuantizeConfig(**settings), tiny.config())
     assert [warning.split()[0] for warning in sentences] == readers
-    assert writer_of("float").warnings(QuantizeConfig(**settings)) == []
+    assert writer_of("float").warnings(QuantizeConfig(**settings), tiny.config()) == []
 
 
 def test_saving_warns(tmp_path: Path):

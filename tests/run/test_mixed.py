@@ -255,7 +255,11 @@ def test_rules_of_another_writer_are_read_as_far_as_the_tensors_go(tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("dynamic", "message"),
-    [([1], "dynamic must be a dict"), ({"(": {}}, "must be a regex"), ({"a": {"bits": "x"}}, "bits must be int")],
+    [
+        ([1], "dynamic: expected an object or null, found"),
+        ({"(": {}}, "must be a regex"),
+        ({"a": {"bits": "x"}}, "bits must be int"),
+    ],
 )
 def test_rules_of_a_folder_that_cannot_be_read_name_the_file(tmp_path: Path, dynamic: Any, message: str):
     quantized, _ = jgptq.quantize(tiny.decoder(), method="rtn", group_size=32)
@@ -269,10 +273,12 @@ def test_no_rules_are_stored_as_none():
 
 def test_readers_that_refuse_a_rule_are_warned_of():
     rules = rules_from_dynamic({"a": {"bits": 3}, "b": {"group_size": 96}, "-:c": {}, "d": {"bits": 8}})
-    warnings = writer_of("gptq").warnings(QuantizeConfig(rules=rules))
+    warnings = writer_of("gptq").warnings(QuantizeConfig(rules=rules), tiny.config())
     assert [warning.split()[0] for warning in warnings] == ["vLLM", "vLLM", "GPTQModel", "transformers"]
-    assert [warning.split()[0] for warning in writer_of("gptq").warnings(QuantizeConfig(lm_head=True))] == ["transformers"]
-    assert writer_of("float").warnings(QuantizeConfig(rules=rules, lm_head=True)) == []
+    assert [warning.split()[0] for warning in writer_of("gptq").warnings(QuantizeConfig(lm_head=True), tiny.config())] == [
+        "transformers"
+    ]
+    assert writer_of("float").warnings(QuantizeConfig(rules=rules, lm_head=True), tiny.config()) == []
 
 
 def test_v1_refuses_an_asymmetric_rule():

@@ -26,10 +26,7 @@ def on_mesh(tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("preset", dict(driver_on_mesh.RUNS))
 def test_a_mesh_gives_the_codes_of_one_device_but_for_ties(on_mesh: dict[str, np.ndarray], preset: str):
-    """Preset `best` refines codes until none changes, so that one tie alters many codes of all later linears. Its codes are held
-    against each other in the first stage, and its losses in all."""
     codes, loss = driver_on_mesh.quantized(preset)
-    compared = slice(driver_on_mesh.FIRST_STAGE if preset == "best" else None)
     for mesh in (mesh for name, mesh in driver_on_mesh.RUNS if name == preset):
-        assert np.mean(on_mesh[f"{preset}/{mesh}/codes"][compared] != codes[compared]) < 0.01
-        np.testing.assert_allclose(on_mesh[f"{preset}/{mesh}/loss"], loss, rtol=0.1 if preset == "best" else 1e-2)
+        assert np.mean(on_mesh[f"{preset}/{mesh}/codes"] != codes) < 0.01
+        np.testing.assert_allclose(on_mesh[f"{preset}/{mesh}/loss"], loss, rtol=1e-2)
