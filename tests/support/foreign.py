@@ -10,6 +10,9 @@ import safetensors.numpy
 import tiny
 
 from converters.checkpoint import SINGLE
+from converters.output.describe import kernels_of
+from jgptq.models import Decoder
+from jgptq.models.packed import PackedTensor
 
 AWQ_COLUMNS = [0, 2, 4, 6, 1, 3, 5, 7]  # the column that each nibble of a word holds, least significant first
 
@@ -112,3 +115,15 @@ def compressed_config(groups: dict[str, dict], ignore: list[str] | None = None) 
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
+
+
+def packed_kernels(params: Decoder) -> dict[str, PackedTensor]:
+    return {f"model.{path}": kernel for path, kernel in kernels_of(params) if isinstance(kernel, PackedTensor)}
+
+
+def assert_expands_to(params: Decoder, weights: dict[str, np.ndarray]) -> None:
+    """A float16 scale times a code is exact in float32, so that both must agree in every bit."""
+    kernels = packed_kernels(params)
+    assert sorted(kernels) == sorted(weights)
+    for name, weight in weights.items():
+        np.testing.assert_array_equal(np.asarray(kernels[name].dequantize(), np.float64), weight, err_msg=name)
