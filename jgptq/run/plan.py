@@ -182,7 +182,7 @@ def _plan_stage(
     k, n = shape_of(linears[stage.linears[0]])
     agreed = agreed if stage.routing is not None else agreed.dense
     reads = method_of(agreed).statistics
-    pulls = stage.adds and stage.routing is None and reads.drift and reads.residual and n < k
+    pulls = stage.adds and reads.drift and reads.residual and n < k
     return StagePlan(stage.linears, kept or None, agreed, tuple(single), pulls, sums_itself=stage.routing is not None)
 
 

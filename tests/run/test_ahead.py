@@ -7,6 +7,7 @@ from collections.abc import Callable
 import jax
 import pytest
 import scipy.linalg
+import sparse
 import threadpoolctl
 import tiny
 from compiling import compilations
@@ -19,9 +20,11 @@ from jgptq.run.lapack import ONE_THREAD, lapack_threads
 SETTINGS = {"group_size": 32, "tune": 0.0}
 
 
-@pytest.mark.parametrize("preset", ["fast", "balanced"])
-def test_what_is_compiled_ahead_is_what_the_run_needs(preset: str, monkeypatch: pytest.MonkeyPatch):
-    params, calib = tiny.decoder(), tiny.tokens()
+@pytest.mark.parametrize(
+    ("preset", "changes"), [("fast", {}), ("balanced", {}), ("balanced", sparse.QWEN2_MOE)], ids=["fast", "balanced", "experts"]
+)
+def test_what_is_compiled_ahead_is_what_the_run_needs(preset: str, changes: dict, monkeypatch: pytest.MonkeyPatch):
+    params, calib = tiny.decoder(**changes), tiny.tokens()
     jax.clear_caches()
     with compilations() as ahead:
         jgptq.quantize(params, calib, preset=preset, **SETTINGS)

@@ -13,11 +13,16 @@ from sparse import OPENING, expert_inputs, hessian_of, kernels, share_of_other_c
 import jgptq
 from converters import FolderSink, load_hf
 from jgptq.errors import ConfigError, NumericalError
+from jgptq.models.memory import to_device
+from jgptq.run.batches import Observation, advance, embed
 from jgptq.run.experts import solve
+from jgptq.run.plan import plan_run
+from jgptq.solver import ONE_DEVICE
 from jgptq.solver.mesh import OnMesh, make_mesh
 
 SETTINGS = {"bits": 3, "group_size": 32}
 CONFIG = jgptq.QuantizeConfig(**SETTINGS)
+CLOSING = "mlp.experts.down_proj"
 FAST = SETTINGS | {"preset": "fast", "min_tokens_per_feature": 0.0}
 pytestmark = pytest.mark.filterwarnings("ignore:vLLM refuses 3-bit")
 
@@ -36,6 +41,27 @@ def test_each_expert_is_solved_on_the_tokens_that_the_quantized_model_routes_to_
     counts = [row.tokens for row in report.rows if row.name.startswith("layers.1.mlp.experts.") and "down" in row.name]
     assert counts == [len(h_tk) for h_tk in read["open"]]
     assert len(set(counts)) > 1
+
+
+def test_the_float_model_follows_the_routing_also_where_it_is_a_stage_ahead():
+    params = tiny.decoder(**sparse.QWEN3_MOE)
+    reference, work = to_device(params.layers[0]), to_device(params.layers[0])
+    work.self_attn.o_proj.kernel.set_value(-work.self_attn.o_proj.kernel.get_value() * 9)
+    batches = embed(params, [tiny.tokens(2)], reference=True)
+    advance(work, reference, batches, 0, Observation(drift=True, placement=ONE_DEVICE, pull=1.0))
+    own = reference.run(reference.stages()[1], batches[0].carry)["routing"]
+    advance(work, reference, batches, 1, None, pulled=True)
+    routing = batches[0].carry["routing"]
+    assert not np.array_equal(routing.rows_e, own.rows_e)
+    np.testing.assert_array_equal(batches[0].reference["routing"].expert_c, routing.expert_c)
+    np.testing.assert_array_equal(batches[0].reference["routing"].place_tk, routing.place_tk)
+
+
+def test_no_stage_of_experts_is_observed_a_stage_ahead():
+    wide = dataclasses.replace(sparse.QWEN2_MOE["experts"], width=128)  # the last linears have more inputs than outputs
+    dense, mixture = plan_run(tiny.decoder(**sparse.QWEN2_MOE | {"experts": wide}), CONFIG).plans
+    assert [stage.pulls for stage in dense] == [False, False, False, True]
+    assert [(stage.names[0], stage.pulls) for stage in mixture if stage.sums_itself] == [(OPENING[0], False), (CLOSING, False)]
 
 
 def test_chunks_of_experts_give_the_codes_of_all_at_once(monkeypatch: pytest.MonkeyPatch):
