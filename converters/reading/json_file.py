@@ -1,5 +1,6 @@
 """Strict JSON: no key twice, no deep nesting, no size that would fill the memory."""
 
+import collections
 import json
 import reprlib
 from collections.abc import Sequence
@@ -52,8 +53,7 @@ def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
         text.encode("utf-8")  # half of a character, which JSON can escape, is no text
     found = dict(pairs)
     if len(found) < len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        twice = next(key for key, times in collections.Counter(key for key, _ in pairs).items() if times > 1)
         raise ValueError(f"the key {reprlib.repr(twice)} occurs twice")
     return found
 
